@@ -1,0 +1,271 @@
+"""What can be wrong with a photo, made from clean ones: batched torch, on the device of the photos.
+
+Every kind takes x (B, 3, H, W) float32 in [0, 1] and gives the same shape, not yet clipped; `degrade` applies kinds
+per photo and rounds to 8 bits, since that is what a user can upload. The parameters are drawn per photo from `Ranges`;
+training and evaluation have ranges of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Range = tuple[float, float]
+
+
+class Kind(StrEnum):
+    CLEAN = "clean"
+    NOISE = "noise"
+    SENSOR_NOISE = "sensor-noise"
+    RAIN = "rain"
+    SNOW = "snow"
+    HAZE = "haze"
+    LOW_LIGHT = "low-light"
+    BLUR = "blur"
+    JPEG = "jpeg"
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Bounds of the parameters; each is drawn uniformly unless it says log.
+
+    noise: sigma in [0, 1]. read, shot: sensor noise in linear light, log: deviation and variance per unit of light.
+    """
+
+    noise: Range = (2 / 255, 58 / 255)
+    read: Range = (0.002, 0.09)
+    shot: Range = (0.0005, 0.035)
+    rain_density: Range = (0.001, 0.02)
+    rain_length: Range = (7, 25)
+    rain_width: Range = (0.5, 1.1)
+    rain_angle: Range = (-0.7, 0.7)
+    rain_strength: Range = (0.25, 1.0)
+    snow_density: Range = (0.0005, 0.006)
+    snow_radius: Range = (0.6, 3.0)
+    snow_strength: Range = (0.6, 1.0)
+    veil: Range = (0.0, 0.2)
+    haze_thickness: Range = (0.4, 2.2)
+    airlight: Range = (0.65, 1.0)
+    light: Range = (0.08, 0.5)
+    blur_radius: Range = (0.6, 2.6)
+    jpeg_quality: Range = (10, 80)
+
+
+TRAINING = Ranges()
+EVALUATION = Ranges(
+    rain_density=(0.002, 0.024),
+    rain_length=(9, 29),
+    rain_angle=(-0.9, 0.9),
+    snow_density=(0.0008, 0.007),
+    snow_radius=(0.7, 3.3),
+    haze_thickness=(0.5, 2.4),
+    light=(0.07, 0.45),
+    jpeg_quality=(8, 60),
+)
+"""Own ranges, some wider than training's, so that a gain means generalisation."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random parameters, one per photo, shaped (B, 1, 1, 1)."""
+
+    count: int
+    generator: torch.Generator
+
+    def uniform(self, bounds: Range, log: bool = False) -> Tensor:
+        u = torch.rand(self.count, 1, 1, 1, generator=self.generator, device=self.generator.device)
+        if log:
+            low, high = (math.log(bound) for bound in bounds)
+            return torch.exp(low + (high - low) * u)
+        return bounds[0] + (bounds[1] - bounds[0]) * u
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(self.count, *shape, generator=self.generator, device=self.generator.device)
+
+    def field(self, *shape: int) -> Tensor:
+        return torch.rand(self.count, *shape, generator=self.generator, device=self.generator.device)
+
+
+def to_linear(x: Tensor) -> Tensor:
+    """sRGB in [0, 1] to linear light (IEC 61966-2-1)."""
+    return torch.where(x <= 0.04045, x / 12.92, ((x.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4)
+
+
+def to_srgb(x: Tensor) -> Tensor:
+    """Linear light to sRGB; the inverse of `to_linear` on [0, 1]."""
+    x = x.clamp(0, 1)
+    return torch.where(x <= 0.0031308, x * 12.92, 1.055 * x.clamp_min(0.0031308) ** (1 / 2.4) - 0.055)
+
+
+def filter_each(x: Tensor, kernels: Tensor) -> Tensor:
+    """Filter every photo with its own kernel. x: (B, C, H, W), kernels: (B, k, k), k odd; edges are reflected."""
+    b, c, h, w = x.shape
+    reach = kernels.shape[-1] // 2
+    padded = F.pad(x, (reach,) * 4, mode="reflect" if reach < min(h, w) else "replicate")
+    flat = padded.reshape(1, b * c, *padded.shape[-2:])
+    return F.conv2d(flat, kernels[:, None].repeat_interleave(c, 0), groups=b * c).reshape(b, c, h, w)
+
+
+def _grid(reach: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    axis = torch.arange(-reach, reach + 1, device=device, dtype=torch.float32)
+    return axis[None, :, None], axis[None, None, :]
+
+
+def line_kernels(length: Tensor, width: Tensor, angle: Tensor) -> Tensor:
+    """Soft line segments, (B, k, k), peak 1: the mark of a streak or of a moving camera. angle from the vertical, rad."""
+    reach = int(length.max().item() / 2) + 2
+    i, j = _grid(reach, length.device)
+    length, width, angle = (p.reshape(-1, 1, 1) for p in (length, width, angle))
+    along = i * angle.cos() + j * angle.sin()
+    across = j * angle.cos() - i * angle.sin()
+    return torch.exp(-((across / width) ** 2) / 2) * torch.sigmoid((length / 2 - along.abs()) * 2)
+
+
+def noise(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
+    return x + draw.uniform(ranges.noise) * draw.normal(*x.shape[1:])
+
+
+def sensor_noise(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
+    """Shot and read noise in linear light."""
+    light = to_linear(x)
+    variance = draw.uniform(ranges.read, log=True) ** 2 + draw.uniform(ranges.shot, log=True) * light
+    return to_srgb(light + variance.sqrt() * draw.normal(*x.shape[1:]))
+
+
+def rain(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
+    """Streaks of one direction, screened over the photo, and a slight veil."""
+    kernels = line_kernels(
+        draw.uniform(ranges.rain_length), draw.uniform(ranges.rain_width), draw.uniform(ranges.rain_angle)
+    )
+    drops = draw.field(1, *x.shape[2:])
+    drops = (drops < draw.uniform(ranges.rain_density)) * draw.field(1, *x.shape[2:])
+    streaks = (filter_each(drops, kernels) * draw.uniform(ranges.rain_strength)).clamp(0, 0.9)
+    veiled = x + (0.8 - x) * draw.uniform(ranges.veil)
+    return veiled + (0.95 - veiled) * streaks
+
+
+def snow(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
+    """Flakes at three depths, far ones small and dense, near ones large, smeared and rare, and a slight veil."""
+    out = x + (0.85 - x) * draw.uniform(ranges.veil)
+    density, radius = draw.uniform(ranges.snow_density, log=True), draw.uniform(ranges.snow_radius)
+    for depth in (0.5, 1.0, 2.0):
+        size = (radius * depth).clamp_min(0.5)
+        kernels = line_kernels(size * (1 + 2 * draw.uniform((0, 1))), size, draw.uniform((-1.2, 1.2)))
+        flakes = draw.field(1, *x.shape[2:])
+        flakes = (flakes < density / depth**2) * (0.4 + 0.6 * draw.field(1, *x.shape[2:]))
+        cover = (filter_each(flakes, kernels) * draw.uniform(ranges.snow_strength)).clamp(0, 1)
+        out = out + (0.98 - out) * cover
+    return out
+
+
+def haze(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
+    """Airlight through a smooth depth: x t + A (1 - t), t = exp(-thickness * depth) (Koschmieder)."""
+    h, w = x.shape[2:]
+    coarse = draw.field(1, 4, 4)
+    field = F.interpolate(coarse, (h, w), mode="bicubic", align_corners=False).clamp(0, 1)
+    slope = torch.linspace(1, 0, h, device=x.device)[None, None, :, None] * draw.uniform((0, 1))
+    depth = 0.4 + 0.6 * (field * draw.uniform((0, 1)) + slope).clamp(0, 1)
+    t = torch.exp(-draw.uniform(ranges.haze_thickness) * depth)
+    airlight = draw.uniform(ranges.airlight) + 0.03 * draw.normal(3, 1, 1)
+    return x * t + airlight.clamp(0, 1) * (1 - t)
+
+
+def low_light(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
+    """Less light on the sensor, and its noise."""
+    light = to_linear(x) * draw.uniform(ranges.light, log=True)
+    read, shot = draw.uniform((0.0003, 0.006), log=True), draw.uniform((0.00005, 0.001), log=True)
+    return to_srgb(light + (read**2 + shot * light).sqrt() * draw.normal(*x.shape[1:]))
+
+
+def blur(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
+    """Motion blur, or with a length near zero the round blur of a lens out of focus."""
+    radius = draw.uniform(ranges.blur_radius)
+    length = radius * 5 * draw.uniform((0, 1)) * (draw.uniform((0, 1)) < 0.5)
+    width = torch.where(length > radius, radius * 0.4, radius)
+    kernels = line_kernels(length, width, draw.uniform((-math.pi / 2, math.pi / 2)))
+    return filter_each(x, kernels / kernels.sum((1, 2), keepdim=True))
+
+
+def _dct_matrix(device: torch.device) -> Tensor:
+    k = torch.arange(8, device=device, dtype=torch.float32)
+    matrix = torch.cos((2 * k[None, :] + 1) * k[:, None] * math.pi / 16) * math.sqrt(2 / 8)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+# ITU-T T.81, tables K.1 and K.2.
+_LUMA = (
+    (16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99),
+)  # fmt: skip
+_CHROMA = (
+    (17, 18, 24, 47, 99, 99, 99, 99), (18, 21, 26, 66, 99, 99, 99, 99), (24, 26, 56, 99, 99, 99, 99, 99),
+    (47, 66, 99, 99, 99, 99, 99, 99), *((99,) * 8,) * 4,
+)  # fmt: skip
+
+
+def _quantise_blocks(plane: Tensor, table: Tensor) -> Tensor:
+    """plane: (B, H, W) in units of 8-bit levels around zero; table: (B, 8, 8)."""
+    b, h, w = plane.shape
+    padded = F.pad(plane[:, None], (0, -w % 8, 0, -h % 8), mode="replicate")[:, 0]
+    hh, ww = padded.shape[1:]
+    blocks = padded.reshape(b, hh // 8, 8, ww // 8, 8).transpose(2, 3)
+    dct, table = _dct_matrix(plane.device), table[:, None, None]
+    blocks = dct.T @ (((dct @ blocks @ dct.T) / table).round() * table) @ dct
+    return blocks.transpose(2, 3).reshape(b, hh, ww)[:, :h, :w]
+
+
+def jpeg(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
+    """JPEG's loss (ITU-T T.81) with the tables of its annex K scaled as libjpeg does, chroma at half resolution."""
+    quality = draw.uniform(ranges.jpeg_quality).round()
+    scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[:, 0] / 100
+    luma, chroma = (
+        (torch.tensor(table, device=x.device)[None] * scale + 0.5).floor().clamp(1, 255) for table in (_LUMA, _CHROMA)
+    )
+    r, g, b = (x.clamp(0, 1) * 255).round().unbind(1)
+    y = 0.299 * r + 0.587 * g + 0.114 * b
+    h, w = y.shape[1:]
+    y_hat = _quantise_blocks(y - 128, luma) + 128
+    planes = []
+    for plane in ((b - y) * 0.564, (r - y) * 0.713):
+        half = F.interpolate(plane[:, None], ((h + 1) // 2, (w + 1) // 2), mode="area")[:, 0]
+        quantised = _quantise_blocks(half, chroma)
+        planes.append(F.interpolate(quantised[:, None], (h, w), mode="bilinear", align_corners=False)[:, 0])
+    cb, cr = planes
+    return torch.stack([y_hat + 1.403 * cr, y_hat - 0.344 * cb - 0.714 * cr, y_hat + 1.773 * cb], 1) / 255
+
+
+MAKERS: dict[Kind, Callable[[Tensor, Draw, Ranges], Tensor]] = {
+    Kind.NOISE: noise,
+    Kind.SENSOR_NOISE: sensor_noise,
+    Kind.RAIN: rain,
+    Kind.SNOW: snow,
+    Kind.HAZE: haze,
+    Kind.LOW_LIGHT: low_light,
+    Kind.BLUR: blur,
+    Kind.JPEG: jpeg,
+}
+
+
+def degrade(x: Tensor, kinds: Sequence[Sequence[Kind]], generator: torch.Generator, ranges: Ranges) -> Tensor:
+    """Apply to every photo its kinds, in the order of `MAKERS`, and round to 8 bits.
+
+    Args:
+        x: (B, 3, H, W) in [0, 1].
+        kinds: for each photo the kinds it gets; none, or CLEAN, leaves it as it is.
+        generator: on the device of x.
+    """
+    out = x.clone()
+    for kind, make in MAKERS.items():
+        chosen = [index for index, listed in enumerate(kinds) if kind in listed]
+        if chosen:
+            draw = Draw(len(chosen), generator)
+            out[chosen] = (make(out[chosen], draw, ranges).clamp(0, 1) * 255).round() / 255
+    return out

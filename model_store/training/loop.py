@@ -1,0 +1,233 @@
+"""The training loop: batches, steps, the running mean of the weights (EMA), checkpoints and the log of one run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from model_store.degradations import TRAINING, Kind, degrade
+from model_store.training.loss import balanced_distortion, rate_lambda
+from model_store.training.photos import PhotoPool
+from model_store.training.warm_start import warm_start
+from service.codec.config import CONFIGS, RATE_POINTS
+from service.codec.model import TrainableCodec
+
+KIND_SHARES: dict[Kind, float] = {
+    Kind.CLEAN: 0.27,
+    Kind.NOISE: 0.22,
+    Kind.SENSOR_NOISE: 0.08,
+    Kind.RAIN: 0.07,
+    Kind.SNOW: 0.06,
+    Kind.HAZE: 0.08,
+    Kind.LOW_LIGHT: 0.06,
+    Kind.BLUR: 0.04,
+    Kind.JPEG: 0.05,
+}
+"""How often each kind is drawn alone; what is left to 1 are mixtures of two."""
+
+LOG_EVERY = 50
+CHECKPOINT_SECONDS = 180
+WARM_UP_STEPS = 200
+EMA_DECAY = 0.999
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rates over a budget of time: a steady share, then a linear decay to 2%."""
+
+    minutes: float
+    lr: float
+    prior_lr: float
+    steady: float
+
+    def factor(self, seconds: float, step: int) -> float:
+        progress = seconds / (60 * self.minutes)
+        decay = 1.0 if progress < self.steady else max(0.02, (1 - progress) / (1 - self.steady))
+        return min(1.0, (step + 1) / WARM_UP_STEPS) * decay
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Degraded photos, their clean originals, both (B, 3, H, W), and the rate index of each, (B,)."""
+
+    degraded: Tensor
+    clean: Tensor
+    rate: Tensor
+    kinds: list[tuple[Kind, ...]]
+
+
+class Batches:
+    """Endless batches; all randomness comes from two generators whose state a checkpoint keeps."""
+
+    def __init__(self, pool: PhotoPool, size: int, crop: int, device: torch.device, seed: int) -> None:
+        self.pool, self.size, self.crop, self.device = pool, size, crop, device
+        self.choices = torch.Generator().manual_seed(seed)
+        self.damage = torch.Generator(device).manual_seed(seed + 1)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"choices": self.choices.get_state(), "damage": self.damage.get_state().cpu()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.choices.set_state(state["choices"].cpu())
+        self.damage.set_state(state["damage"].cpu())
+
+    def _kinds(self) -> tuple[Kind, ...]:
+        single = list(KIND_SHARES)
+        shares = torch.tensor([*KIND_SHARES.values(), 1 - sum(KIND_SHARES.values())])
+        choice = int(torch.multinomial(shares, 1, generator=self.choices))
+        if choice < len(single):
+            return (single[choice],)
+        pair = torch.multinomial(torch.ones(len(single) - 1), 2, generator=self.choices).tolist()
+        return tuple(single[1 + index] for index in pair)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            clean = self.pool.crops(self.size, self.crop, self.choices)
+            kinds = [self._kinds() for _ in range(self.size)]
+            # Stratified: every batch spreads over the rate points.
+            start = torch.rand(1, generator=self.choices)
+            spread = (torch.arange(self.size) + start) / self.size
+            rate = (spread * RATE_POINTS).long().clamp_max(RATE_POINTS - 1)
+            rate = rate[torch.randperm(self.size, generator=self.choices)].to(self.device)
+            yield Batch(degrade(clean, kinds, self.damage, TRAINING), clean, rate, kinds)
+
+
+class Ema:
+    """A running mean of the parameters; it is what ships."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.mean = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(EMA_DECAY, (step + 1) / (step + 10))
+        for name, value in model.state_dict().items():
+            self.mean[name].lerp_(value, 1 - decay)
+
+
+def _groups(model: TrainableCodec, schedule: Schedule) -> list[dict[str, object]]:
+    prior = [*model.prior.parameters(), *model.z_prior.parameters(), *model.h_a.parameters()]
+    known = set(map(id, prior))
+    transforms = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    return [{"params": transforms, "base": schedule.lr}, {"params": prior, "base": schedule.prior_lr}]
+
+
+def train(
+    *,
+    photos: Path,
+    run: Path,
+    size: str,
+    schedule: Schedule,
+    batch: int,
+    crop: int,
+    seed: int,
+    device: str | None = None,
+    compile_blocks: bool = True,
+    start_from: Path | None = None,
+) -> Path:
+    """Train or resume until the schedule's time is used up. Returns the path of the last checkpoint.
+
+    Raises:
+        ValueError: no usable photos, or a crop that is no multiple of 16.
+    """
+    if crop % 16:
+        raise ValueError(f"expected a crop that is a multiple of 16, got {crop}")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / "checkpoint.pt"
+    torch.manual_seed(seed)
+    pool = PhotoPool(photos, crop, where)
+    model = TrainableCodec(CONFIGS[size]).to(where, memory_format=torch.channels_last)
+    if not path.exists():
+        if start_from:
+            model.load_state_dict(torch.load(start_from, map_location=where, weights_only=True)["ema"])
+        else:
+            warm_start(model, pool)
+    optimizer = torch.optim.AdamW(_groups(model, schedule), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    batches, ema = Batches(pool, batch, crop, where, seed), Ema(model)
+    step, seconds = 0, 0.0
+    if path.exists():
+        state = torch.load(path, map_location=where, weights_only=True)
+        model.load_state_dict(state["model"])
+        ema.mean = state["ema"]
+        optimizer.load_state_dict(state["optimizer"])
+        batches.restore(state["random"])
+        torch.set_rng_state(state["noise"].cpu())
+        step, seconds = state["step"], state["seconds"]
+    if compile_blocks:
+        for stack in [*model.g_a.stacks, *model.g_s.stacks]:
+            stack.blocks.compile(dynamic=False)
+
+    def save() -> None:
+        state = {
+            "size": size, "model": model.state_dict(), "ema": ema.mean, "optimizer": optimizer.state_dict(),
+            "random": batches.state(), "noise": torch.get_rng_state(), "step": step, "seconds": seconds,
+            "record": {"batch": batch, "crop": crop, "seed": seed, "photos": len(pool.photos),
+                       "device": str(where), **asdict(schedule)},
+        }  # fmt: skip
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    log = (run / "log.jsonl").open("a")
+    bar = tqdm(total=round(60 * schedule.minutes), initial=round(seconds), unit="s", dynamic_ncols=True)
+    sums: dict[str, float] = {}
+    last, saved = time.monotonic(), time.monotonic()
+    model.train()
+    for data in batches:
+        factor = schedule.factor(seconds, step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * factor
+        with torch.autocast(where.type, torch.bfloat16):
+            out = model(data.degraded, data.rate)
+        pixels = crop * crop
+        mse = (out.x_hat.float() - data.clean).square().mean((1, 2, 3))
+        bpp = (out.y_bits + out.z_bits) / pixels
+        weight = rate_lambda(data.rate)
+        loss = (weight * balanced_distortion(mse, weight) + bpp).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = clip_grad_norm_(model.parameters(), 1.0)
+        finite = bool(torch.isfinite(norm))
+        if finite:  # a step with a broken gradient is dropped
+            optimizer.step()
+            ema.update(model, step)
+        step += 1
+        clean = [index for index, kinds in enumerate(data.kinds) if kinds == (Kind.CLEAN,)]
+        psnr = -10 * mse.detach().clamp_min(1e-9).log10()
+        for name, value in {
+            "loss": float(loss.detach()), "bpp": float(bpp.detach().mean()), "psnr": float(psnr.mean()),
+            "z_bpp": float(out.z_bits.detach().mean()) / pixels, "grad_norm": float(norm), "dropped": float(not finite), "count": 1,
+            **({"clean_psnr": float(psnr[clean].mean()) * len(clean),
+                "clean_bpp": float(bpp.detach()[clean].mean()) * len(clean), "clean": len(clean)} if clean else {}),
+        }.items():  # fmt: skip
+            if math.isfinite(value):
+                sums[name] = sums.get(name, 0.0) + value
+        now = time.monotonic()
+        seconds, last = seconds + now - last, now
+        bar.n = round(seconds)
+        if step % LOG_EVERY == 0:
+            count, clean_count = sums.pop("count"), max(1.0, sums.pop("clean", 0.0))
+            line = {name: value / (clean_count if name.startswith("clean") else count) for name, value in sums.items()}
+            log.write(json.dumps({"step": step, "seconds": round(seconds), "lr": factor * schedule.lr, **line}) + "\n")
+            log.flush()
+            bar.set_description(f"step {step}  {line['bpp']:.3f} bpp  {line['psnr']:.2f} dB", refresh=False)
+            sums = {}
+        bar.refresh()
+        done = seconds >= 60 * schedule.minutes
+        if done or now - saved > CHECKPOINT_SECONDS:
+            save()
+            saved = time.monotonic()
+        if done:
+            break
+    bar.close()
+    log.close()
+    return path

@@ -1,0 +1,63 @@
+"""Photographs for training: a folder decoded once into memory on the training device, random crops from it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+
+
+def photo_paths(folder: Path) -> list[Path]:
+    """All photographs below a folder, sorted.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"expected photographs below {folder}, found none")
+    return paths
+
+
+def load_photo(path: Path) -> Tensor:
+    """(3, H, W) uint8, sRGB."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).contiguous()
+
+
+class PhotoPool:
+    """Every photo of a folder that is at least `crop` on both sides, as uint8 on `device`.
+
+    A photo is drawn with a probability proportional to the square root of its pixels.
+    """
+
+    def __init__(self, folder: Path, crop: int, device: torch.device) -> None:
+        with ThreadPoolExecutor() as pool:
+            photos = list(pool.map(load_photo, photo_paths(folder)))
+        self.photos = [photo.to(device) for photo in photos if min(photo.shape[1:]) >= crop]
+        if not self.photos:
+            raise ValueError(f"expected photographs of at least {crop}x{crop} below {folder}, found none")
+        self.weights = torch.tensor([float(photo.shape[1] * photo.shape[2]) ** 0.5 for photo in self.photos])
+
+    def crops(self, count: int, size: int, generator: torch.Generator) -> Tensor:
+        """(count, 3, size, size) float32 in [0, 1]: random places, flips and quarter turns. `generator` is a CPU one."""
+        chosen = torch.multinomial(self.weights, count, replacement=True, generator=generator).tolist()
+        crops = []
+        for index in chosen:
+            photo = self.photos[index]
+            draw = torch.rand(4, generator=generator).tolist()
+            top = int(draw[0] * (photo.shape[1] - size + 1))
+            left = int(draw[1] * (photo.shape[2] - size + 1))
+            crop = photo[:, top : top + size, left : left + size]
+            if draw[2] < 0.5:
+                crop = crop.flip(2)
+            if draw[3] < 0.5:
+                crop = crop.transpose(1, 2)
+            crops.append(crop)
+        return torch.stack(crops).float() / 255

@@ -1,0 +1,47 @@
+"""Warm start: g_a and g_s begin as a multi-stage KLT, a working transform coder that training then improves.
+
+The stem and every down are the leading principal components of what enters them, g_s holds their transposes, and the
+HATBs between are fresh, hence the identity. A model whose stem has stride 1 starts from its random 3x3 stem instead.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_store.training.photos import PhotoPool
+from service.codec.model import TrainableCodec
+
+
+def principal_components(vectors: Tensor, count: int) -> Tensor:
+    """The leading orthonormal directions of `vectors` (n, d) about zero, as rows: (count, d), most energy first."""
+    vectors = vectors.double()
+    _, directions = torch.linalg.eigh(vectors.T @ vectors)
+    return directions.flip(1)[:, :count].T.contiguous()
+
+
+@torch.no_grad()
+def warm_start(model: TrainableCodec, pool: PhotoPool, crops: int = 600, size: int = 160, seed: int = 1) -> None:
+    """Set the resampling layers of `model` and its entropy scales from random crops of `pool`.
+
+    Raises:
+        ValueError: a layer would have more outputs than inputs, so that no KLT fills it.
+    """
+    if model.config.stem == 1:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.cat([pool.crops(1, size, generator) for _ in range(crops)]).cpu() - 0.5
+    pairs = zip([model.g_a.stem, *model.g_a.downs], [model.g_s.head, *list(model.g_s.ups)[::-1]])
+    for down, up in pairs:
+        x = F.pixel_unshuffle(x, down.factor)
+        inputs, outputs = down.conv.in_channels, down.conv.out_channels
+        if outputs > inputs:
+            raise ValueError(f"expected at most {inputs} outputs after {inputs} inputs, got {outputs}")
+        basis = principal_components(x.permute(0, 2, 3, 1).reshape(-1, inputs), outputs).float()
+        down.conv.weight.copy_(basis[:, :, None, None])
+        up.conv.weight.copy_(basis.T[:, :, None, None])
+        down.conv.bias.zero_()
+        up.conv.bias.zero_()
+        x = F.conv2d(x, basis[:, :, None, None])
+    model.start_entropy_from(x.std((0, 2, 3)).clamp_min(1e-4).to(model.prior.deviation.device))

@@ -1,0 +1,74 @@
+"""The sizes of the codec. A size is a value of `CodecConfig`, never a fork of the code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STRIDE = 16
+"""Pixels per latent position, in each direction: every photo is padded to a multiple of it."""
+
+RATE_POINTS = 8
+"""Rate points of every model, numbered 1 (smallest) to 8 (best) in public and 0 to 7 as indexes inside the codec."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`blocks` HATBs at `dim` channels; each stage after the first halves the resolution."""
+
+    dim: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """The shape of one model.
+
+    Attributes:
+        name: the size's name, also written to the store.
+        stem: resolution step of the first layer: a pixel-unshuffle by this factor and a 1x1 convolution, or for 1 a
+            3x3 convolution.
+        stages: resolution stages of g_a, finest first; g_s mirrors them. The last one's width is the number of latents.
+        group: channels per attention group of C-GA.
+        ffn: hidden width of the gated FFN as a multiple of the stage's width.
+        hyper: channels of z.
+        features: channels of the hyper features that both passes of the prior see.
+        context: hidden channels of the two passes.
+    """
+
+    name: str
+    stem: int
+    stages: tuple[Stage, ...]
+    group: int = 32
+    ffn: float = 2.0
+    hyper: int = 64
+    features: int = 128
+    context: int = 256
+
+    def __post_init__(self) -> None:
+        stride = self.stem * 2 ** (len(self.stages) - 1)
+        if stride != STRIDE:
+            raise ValueError(f"{self.name}: stem and stages must step down by {STRIDE} in all, not by {stride}")
+        for stage in self.stages:
+            if stage.dim % min(self.group, stage.dim):
+                raise ValueError(f"{self.name}: width {stage.dim} does not divide into groups of {self.group}")
+
+    @property
+    def latents(self) -> int:
+        """Channels of y."""
+        return self.stages[-1].dim
+
+
+EDGE = CodecConfig("edge", stem=8, stages=(Stage(128, 3), Stage(192, 2)))
+BASE = CodecConfig(
+    "base",
+    stem=4,
+    stages=(Stage(96, 2), Stage(192, 5), Stage(256, 5)),
+    features=192,
+    context=384,
+)
+PAPER_S = CodecConfig("paper-s", stem=1, stages=(Stage(32, 2), Stage(64, 3), Stage(128, 3), Stage(256, 4), Stage(256, 0)))
+PAPER_L = CodecConfig(
+    "paper-l", stem=1, stages=(Stage(48, 2), Stage(96, 3), Stage(192, 3), Stage(384, 4), Stage(288, 0)), group=48
+)
+
+CONFIGS = {config.name: config for config in (EDGE, BASE, PAPER_S, PAPER_L)}

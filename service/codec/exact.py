@@ -1,0 +1,162 @@
+"""Integer layers carried in float tensors: the arithmetic of the exact path.
+
+Every value here is an integer, every partial sum stays below the carrier's exact range, and so no order of summation,
+batch size, thread count, device or library version can change a result. The same functions serve training: there the
+integers are derived from float parameters by straight-through rounding, so the network trains on its own final arithmetic.
+
+Activations are fixed point with `FRACTION` fractional bits unless a layer says otherwise, within +-`LIMIT`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FRACTION = 6
+LIMIT = 1023  # 11 significant bits: also exact as a TF32 operand
+WEIGHT_LIMIT = 127
+FLOAT32_EXACT = 2**24
+FLOAT64_EXACT = 2**53
+
+
+class _StraightClamp(torch.autograd.Function):
+    """Clamp whose gradient also flows outside the range when it leads back inside, so that nothing stays stuck."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        ctx.low, ctx.high = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        blocked = ((x < ctx.low) & (grad > 0)) | ((x > ctx.high) & (grad < 0))
+        return grad.masked_fill(blocked, 0), None, None
+
+
+def straight_clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """Clamp to [low, high]; in training a gradient that leads back inside passes."""
+    return _StraightClamp.apply(x, low, high) if torch.is_grad_enabled() else x.clamp(low, high)
+
+
+def straight_floor(x: Tensor) -> Tensor:
+    """Floor, with the gradient of the identity in training."""
+    return x + (x.floor() - x).detach() if torch.is_grad_enabled() and x.requires_grad else x.floor()
+
+
+def straight_round(x: Tensor) -> Tensor:
+    """Round to nearest even, with the gradient of the identity in training."""
+    return x + (x.round() - x).detach() if torch.is_grad_enabled() and x.requires_grad else x.round()
+
+
+def requantise(acc: Tensor, shift: Tensor, low: float, high: float) -> Tensor:
+    """floor((acc + 2^(shift-1)) * 2^-shift) clamped to [low, high]; exact for integers `acc` and `shift` >= 0.
+
+    Both products are by powers of two and so lose nothing.
+    """
+    scale = torch.exp2(-shift)
+    return straight_clamp(straight_floor(acc * scale + 0.5), low, high)
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """One layer's integers.
+
+    Attributes:
+        weight: (out, in) for a pointwise layer, (C, 9) for a depthwise 3x3 layer; within +-127.
+        bias: (8, out), a row per rate point, in units of the accumulator.
+        shift: (out,), the right shift after accumulation, >= 0.
+        low, high: the clamp of the outputs; low = 0 makes it a rectifier.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    shift: Tensor
+    low: int
+    high: int
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> IntegerLayer:
+        return IntegerLayer(
+            self.weight.to(device, dtype), self.bias.to(device, dtype), self.shift.to(device, dtype), self.low, self.high
+        )
+
+    def bound(self, limit: int) -> float:
+        """The largest magnitude a partial sum can take for inputs within +-limit, in its finest unit.
+
+        The rounding term is included; without a shift that term is a half, which halves the unit.
+        """
+        weight, bias = self.weight.double().abs(), self.bias.double().abs()
+        total = weight.sum(1) * limit + bias.amax(0) + torch.exp2(self.shift.double() - 1)
+        return float(torch.where(self.shift == 0, 2 * total, total).max())
+
+
+def pointwise(x: Tensor, layer: IntegerLayer, rate: Tensor) -> Tensor:
+    """1x1 layer as a matrix product. x: (B, in, H, W) integers, rate: (B,) indexes. Returns (B, out, H, W) integers."""
+    b, c, h, w = x.shape
+    acc = torch.matmul(layer.weight, x.reshape(b, c, h * w)) + layer.bias[rate][:, :, None]
+    return requantise(acc, layer.shift[:, None], layer.low, layer.high).reshape(b, -1, h, w)
+
+
+def depthwise(x: Tensor, layer: IntegerLayer, rate: Tensor) -> Tensor:
+    """Depthwise 3x3 layer with zero padding, as nine shifted multiply-adds. x: (B, C, H, W) integers."""
+    h, w = x.shape[-2:]
+    padded = F.pad(x, (1, 1, 1, 1))
+    acc = layer.bias[rate][:, :, None, None]
+    for tap in range(9):
+        i, j = divmod(tap, 3)
+        acc = acc + padded[:, :, i : i + h, j : j + w] * layer.weight[:, tap, None, None]
+    return requantise(acc, layer.shift[:, None, None], layer.low, layer.high)
+
+
+class TrainableLayer(nn.Module):
+    """Float parameters of one integer layer; `integers()` derives the layer, differentiably.
+
+    The weight grid is a power of two per output channel, as fine as the 8-bit weights and half of float32's exact range
+    (for inputs within +-input_limit) allow. The bias has two anchors, interpolated over the rate points.
+
+    Args:
+        inputs, outputs: channels; for a depthwise layer both are C and `taps` is 9.
+        fraction_in, fraction_out: fractional bits of the inputs and the outputs.
+        low, high: clamp of the outputs, in output integers.
+        input_limit: largest magnitude of the input integers.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        taps: int | None = None,
+        fraction_in: int = FRACTION,
+        fraction_out: int = FRACTION,
+        low: int = 0,
+        high: int = LIMIT,
+        input_limit: int = LIMIT,
+    ) -> None:
+        super().__init__()
+        fan_in = taps or inputs
+        self.weight = nn.Parameter(torch.randn(outputs, fan_in) * (2 / fan_in) ** 0.5)
+        self.bias_low = nn.Parameter(torch.zeros(outputs))
+        self.bias_high = nn.Parameter(torch.zeros(outputs))
+        self.fraction_in, self.fraction_out = fraction_in, fraction_out
+        self.low, self.high, self.input_limit = low, high, input_limit
+
+    def integers(self, positions: Tensor) -> IntegerLayer:
+        """positions: (R,) float, q in [0, 1] of each rate point. Returns the layer with R rows of biases."""
+        with torch.no_grad():
+            magnitude = self.weight.abs()
+            finest = torch.minimum(
+                WEIGHT_LIMIT / magnitude.amax(1).clamp_min(1e-6),
+                FLOAT32_EXACT / 2 / self.input_limit / magnitude.sum(1).clamp_min(1e-6),
+            )
+            grid = finest.log2().floor().clamp(max(0, self.fraction_out - self.fraction_in), 18)
+            shift = grid + (self.fraction_in - self.fraction_out)
+        weight = straight_clamp(straight_round(self.weight * torch.exp2(grid)[:, None]), -WEIGHT_LIMIT, WEIGHT_LIMIT)
+        q = positions[:, None]
+        bias = (self.bias_low * (1 - q) + self.bias_high * q) * torch.exp2(grid + self.fraction_in)
+        bias = straight_clamp(straight_round(bias), -FLOAT32_EXACT / 4, FLOAT32_EXACT / 4)
+        return IntegerLayer(weight, bias, shift, self.low, self.high)

@@ -1,0 +1,117 @@
+"""The trainable codec: the float transforms, the prior's parameters and the rate estimate that training minimises.
+
+    x -> g_a -> y -----------------> round(y - mu) + mu -> y_hat -> g_s -> x_hat
+                |                          ^
+                +-> h_a -> z -> z_hat -> prior
+
+A shipped model is made from it by `service.codec.shipped.ship`; bitstreams are made and read there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from service.codec.config import RATE_POINTS, CodecConfig
+from service.codec.exact import straight_clamp, straight_round
+from service.codec.prior import MEAN_FRACTION, PriorNet, half_mask
+from service.codec.tables import Z_LIMIT, level_to_scale
+from service.codec.transforms import GAIN_ANCHORS, Analysis, HyperAnalysis, Synthesis, rate_position
+
+_LEAST_LIKELIHOOD = 2.0**-16
+
+
+@dataclass(frozen=True)
+class CodecOutput:
+    """x_hat: (B, 3, H, W), not clipped. y_bits, z_bits: (B,), estimated bits per photo."""
+
+    x_hat: Tensor
+    y_bits: Tensor
+    z_bits: Tensor
+
+
+def _bits(likelihood: Tensor) -> Tensor:
+    return -straight_clamp(likelihood, _LEAST_LIKELIHOOD, 1.0).log2().flatten(1).sum(1)
+
+
+def gaussian_bits(residual: Tensor, scale: Tensor) -> Tensor:
+    """Bits per photo of `residual` (B, ...) rounded to integers, under zero-mean Gaussians of deviation `scale`."""
+    inverse = 1 / (scale * math.sqrt(2))
+    distance = residual.abs()
+    return _bits(0.5 * (torch.erfc((distance - 0.5) * inverse) - torch.erfc((distance + 0.5) * inverse)))
+
+
+class FactorizedPrior(nn.Module):
+    """p(z): a logistic per channel, location and log scale interpolated between two rate anchors."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.location = nn.Parameter(torch.zeros(2, channels))
+        self.log_scale = nn.Parameter(torch.zeros(2, channels))
+
+    def parameters_at(self, rate: Tensor) -> tuple[Tensor, Tensor]:
+        """rate: (B,) indexes. Returns location and scale, each (B, C)."""
+        q = rate_position(rate)[:, None]
+        location = self.location[0] * (1 - q) + self.location[1] * q
+        log_scale = self.log_scale[0] * (1 - q) + self.log_scale[1] * q
+        return location, log_scale.clamp(-3, 4).exp()
+
+    def forward(self, z: Tensor, rate: Tensor) -> Tensor:
+        """Bits per photo of z (B, C, h, w)."""
+        location, scale = (p[:, :, None, None] for p in self.parameters_at(rate))
+        distance = (z - location).abs()
+        return _bits(torch.sigmoid((0.5 - distance) / scale) - torch.sigmoid((-0.5 - distance) / scale))
+
+
+class TrainableCodec(nn.Module):
+    """All parameters of one model, for training; see the module's drawing."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.g_a = Analysis(config)
+        self.g_s = Synthesis(config)
+        self.h_a = HyperAnalysis(config)
+        self.prior = PriorNet(config)
+        self.z_prior = FactorizedPrior(config.hyper)
+
+    def start_entropy_from(self, deviation: Tensor) -> None:
+        """Fit the prior's scales to the typical deviation (N,) of each latent before its gain."""
+        self.prior.start_from(deviation, GAIN_ANCHORS)
+
+    def latent_gains(self) -> Tensor:
+        """(8, N): the gain of g_a at every rate point."""
+        rates = torch.arange(RATE_POINTS, device=self.prior.deviation.device)
+        return self.g_a.gain(rates)[:, :, 0, 0]
+
+    def normalise(self, y: Tensor, rate: Tensor) -> Tensor:
+        """y over its typical deviation, the input of h_a."""
+        return y / (self.g_a.gain(rate) * self.prior.deviation[:, None, None])
+
+    def forward(self, x: Tensor, rate: Tensor) -> CodecOutput:
+        """x: (B, 3, H, W) in [0, 1], H and W multiples of 16. rate: (B,) int64, indexes 0..7.
+
+        The rate is estimated with uniform noise in training mode and with rounded values in evaluation mode; g_s sees
+        rounded latents in both.
+        """
+        y = self.g_a(x, rate)
+        with torch.autocast(y.device.type, enabled=False):
+            z = self.h_a(self.normalise(y, rate))
+            z_hat = straight_clamp(straight_round(z), -Z_LIMIT, Z_LIMIT)
+            prior = self.prior.exact(self.latent_gains())
+            h, w = y.shape[-2:]
+            features = prior.features(z_hat, rate, h, w)
+            first = prior.first_pass(features, rate)
+            unit = 2.0**MEAN_FRACTION
+            mask = half_mask(y.shape[1], h, w, y.device)
+            known = (straight_round(y - first.mean / unit) + first.mean / unit) * mask
+            second = prior.second_pass(features, known * unit, rate)
+            mean = torch.where(mask, first.mean, second.mean) / unit
+            scale = level_to_scale(torch.where(mask, first.level, second.level))
+            y_hat = straight_round(y - mean) + mean
+            y_seen, z_seen = (y + torch.rand_like(y) - 0.5, z + torch.rand_like(z) - 0.5) if self.training else (y_hat, z_hat)
+            y_bits, z_bits = gaussian_bits(y_seen - mean, scale), self.z_prior(z_seen, rate)
+        return CodecOutput(self.g_s(y_hat, rate), y_bits, z_bits)

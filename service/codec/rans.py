@@ -1,0 +1,190 @@
+"""Entropy coding: a guarded door to `compressai.ans`, which itself checks nothing.
+
+What the guard does, and against what (version 1.2.8):
+- every table ends with a sentinel of zero width, so that the decoder can never take the escape branch;
+- symbols are clipped into their table and the rare rest travels beside the stream (`Outliers`);
+- received bytes are followed by as many zeros as the decoder could ever read: a 32-bit word per symbol and its state;
+- fewer than 4 symbols are never coded alone: the stream always begins with z, which has more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.codec.tables import PRECISION, CdfTables
+
+if TYPE_CHECKING:
+    from compressai.ans import BufferedRansEncoder
+
+Symbols = NDArray[np.int32]
+
+SYMBOL_LIMIT = 2**15 - 1
+"""Latents are clipped to +-this many steps around their mean."""
+
+FEWEST_SYMBOLS = 4
+
+
+class CorruptPayload(ValueError):
+    """The entropy-coded bytes cannot have come from this codec."""
+
+
+def _ans():  # type: ignore[no-untyped-def]
+    import compressai.ans  # here, because importing compressai takes seconds
+
+    return compressai.ans
+
+
+@dataclass(frozen=True)
+class GuardedTables:
+    """`CdfTables` as lists with the sentinel appended, the form that the coder takes."""
+
+    tables: CdfTables
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        return [[*row[:size].tolist(), 1 << PRECISION] for row, size in zip(self.tables.cdf, self.tables.size)]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return (self.tables.size + 1).tolist()
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        return self.tables.offset.tolist()
+
+    def clip(self, symbols: Symbols, indexes: Symbols) -> Symbols:
+        """The nearest symbols that each one's table holds."""
+        low = self.tables.offset[indexes]
+        return np.clip(symbols, low, low + self.tables.size[indexes] - 2)
+
+
+class Encoder:
+    """Collects groups of symbols and writes them as one stream."""
+
+    def __init__(self) -> None:
+        self._encoder: BufferedRansEncoder = _ans().BufferedRansEncoder()
+        self._count = 0
+
+    def add(self, symbols: Symbols, indexes: Symbols, tables: GuardedTables) -> None:
+        """Append symbols (n,) with their table rows (n,).
+
+        Raises:
+            ValueError: a symbol lies outside its table, or the first group is too short for the coder.
+        """
+        if self._count == 0 and len(symbols) < FEWEST_SYMBOLS:
+            raise ValueError(f"expected at least {FEWEST_SYMBOLS} symbols in the first group, got {len(symbols)}")
+        if not np.array_equal(tables.clip(symbols, indexes), symbols):
+            raise ValueError("expected every symbol inside its table")
+        if len(symbols):
+            self._encoder.encode_with_indexes(
+                symbols.tolist(), indexes.tolist(), tables.rows, tables.sizes, tables.offsets
+            )
+            self._count += len(symbols)
+
+    def finish(self) -> bytes:
+        return self._encoder.flush()
+
+
+class Decoder:
+    """Reads groups of symbols from a stream, in the order in which they were added.
+
+    Args:
+        payload: received bytes, of any content.
+        most: an upper bound of the symbols that will be read.
+    """
+
+    def __init__(self, payload: bytes, most: int) -> None:
+        self._left = most
+        self._decoder = _ans().RansDecoder()
+        self._decoder.set_stream(payload + bytes(-len(payload) % 4 + 4 * most + 16))
+
+    def take(self, indexes: Symbols, tables: GuardedTables) -> Symbols:
+        """The next len(indexes) symbols; whatever the bytes are, each lies inside its table.
+
+        Raises:
+            ValueError: more symbols were asked for than announced.
+        """
+        self._left -= len(indexes)
+        if self._left < 0:
+            raise ValueError("expected no more symbols than announced")
+        if not len(indexes):
+            return np.zeros(0, np.int32)
+        symbols = self._decoder.decode_stream(indexes.tolist(), tables.rows, tables.sizes, tables.offsets)
+        return np.asarray(symbols, np.int32)
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Symbols that did not fit their table: `position` (n,) in coding order, `excess` (n,) beyond the clipped value.
+
+    Bytes: n, then per outlier the distance from the position before (from -1) and the zigzag excess, all LEB128.
+    """
+
+    position: NDArray[np.int64]
+    excess: NDArray[np.int64]
+
+    @classmethod
+    def between(cls, symbols: Symbols, clipped: Symbols) -> Outliers:
+        position = np.flatnonzero(symbols != clipped)
+        return cls(position, symbols[position].astype(np.int64) - clipped[position])
+
+    def to_bytes(self) -> bytes:
+        if not len(self.position):
+            return b""
+        steps = np.diff(self.position, prepend=-1)
+        zigzag = np.where(self.excess < 0, -2 * self.excess - 1, 2 * self.excess)
+        out = bytearray()
+        for value in [len(self.position), *np.stack([steps, zigzag], 1).reshape(-1).tolist()]:
+            while value >= 0x80:
+                out.append(value & 0x7F | 0x80)
+                value >>= 7
+            out.append(value)
+        return bytes(out)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Outliers:
+        """Raises:
+        CorruptPayload: the bytes are not a list of outliers.
+        """
+        values: list[int] = []
+        value = shift = 0
+        for byte in data:
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if shift > 35:
+                raise CorruptPayload("outliers: a number of more than 35 bits")
+            if not byte & 0x80:
+                values.append(value)
+                value = shift = 0
+        if shift or (values and len(values) != 2 * values[0] + 1):
+            raise CorruptPayload("outliers: the list does not end where it should")
+        steps, zigzag = np.array(values[1::2], np.int64), np.array(values[2::2], np.int64)
+        if (steps < 1).any() or (zigzag < 1).any() or (zigzag > 4 * SYMBOL_LIMIT).any():
+            raise CorruptPayload("outliers: a step or an excess out of range")
+        return cls(np.cumsum(steps) - 1, np.where(zigzag % 2, -(zigzag + 1) // 2, zigzag // 2))
+
+    def within(self, start: int, count: int) -> Outliers:
+        """Those at positions start to start + count, relative to start."""
+        chosen = (self.position >= start) & (self.position < start + count)
+        return Outliers(self.position[chosen] - start, self.excess[chosen])
+
+    def apply(self, symbols: Symbols) -> Symbols:
+        """Add the excesses, in place. Raises CorruptPayload where a symbol leaves the limits."""
+        if len(self.position):
+            symbols[self.position] += self.excess.astype(np.int32)
+            if np.abs(symbols[self.position]).max() > SYMBOL_LIMIT:
+                raise CorruptPayload(f"outliers: a symbol beyond +-{SYMBOL_LIMIT}")
+        return symbols
+
+
+def concatenate(parts: list[Outliers], starts: list[int]) -> Outliers:
+    """Outliers of consecutive groups as one list over the whole stream."""
+    return Outliers(
+        np.concatenate([part.position + start for part, start in zip(parts, starts)]),
+        np.concatenate([part.excess for part in parts]),
+    )

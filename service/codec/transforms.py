@@ -1,0 +1,134 @@
+"""The float side of the codec: analysis g_a, synthesis g_s, hyper analysis h_a and the gains of the rate points.
+
+These run in any precision on any device. What must be exact (z_hat to mu and scale) lives in `prior.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from service.codec.blocks import HATB
+from service.codec.config import RATE_POINTS, CodecConfig, Stage
+
+GAIN_ANCHORS = (1.8, 14.0)
+"""Latent gains that training starts from, at the smallest and at the best rate point."""
+
+
+def rate_position(rate: Tensor) -> Tensor:
+    """Map rate indexes 0..7 to q in [0, 1]."""
+    return rate.to(torch.float32) / (RATE_POINTS - 1)
+
+
+class RateGain(nn.Module):
+    """A positive gain per channel and rate point: two anchors, interpolated in the log domain (as DCVC-FM does)."""
+
+    def __init__(self, dim: int, low: float = 1.0, high: float = 1.0) -> None:
+        super().__init__()
+        self.log_low = nn.Parameter(torch.full((dim,), low).log())
+        self.log_high = nn.Parameter(torch.full((dim,), high).log())
+
+    def forward(self, rate: Tensor) -> Tensor:
+        """rate: (B,) indexes 0..7. Returns (B, dim, 1, 1)."""
+        q = rate_position(rate)[:, None]
+        return torch.exp(self.log_low * (1 - q) + self.log_high * q)[:, :, None, None]
+
+
+class BlockStack(nn.Module):
+    """The HATBs of one stage, entered through a gain of the rate point."""
+
+    def __init__(self, stage: Stage, config: CodecConfig) -> None:
+        super().__init__()
+        self.gain = RateGain(stage.dim)
+        self.blocks = nn.Sequential(*(HATB(stage.dim, config.group, config.ffn) for _ in range(stage.blocks)))
+
+    def forward(self, x: Tensor, rate: Tensor) -> Tensor:
+        return self.blocks((x * self.gain(rate)).contiguous(memory_format=torch.channels_last))
+
+
+class Resample(nn.Module):
+    """A pixel (un)shuffle with a 1x1 convolution, always in float32: the residual stream and the pixels need it."""
+
+    def __init__(self, inputs: int, outputs: int, factor: int, up: bool) -> None:
+        super().__init__()
+        self.factor, self.up = factor, up
+        if factor == 1:
+            self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        elif up:
+            self.conv = nn.Conv2d(inputs, outputs * factor**2, 1)
+        else:
+            self.conv = nn.Conv2d(inputs * factor**2, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if self.factor == 1:
+                return self.conv(x)
+            if self.up:
+                return F.pixel_shuffle(self.conv(x), self.factor)
+            return self.conv(F.pixel_unshuffle(x, self.factor))
+
+
+class Analysis(nn.Module):
+    """g_a: x (B, 3, H, W) in [0, 1] with H and W multiples of 16 -> y (B, N, H/16, W/16).
+
+    x - 1/2 -> stem -> [gain, HATBs, down]... -> gain, HATBs -> latent gain -> y
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.stem = Resample(3, config.stages[0].dim, config.stem, up=False)
+        self.stacks = nn.ModuleList(BlockStack(stage, config) for stage in config.stages)
+        self.downs = nn.ModuleList(
+            Resample(fine.dim, coarse.dim, 2, up=False) for fine, coarse in zip(config.stages, config.stages[1:])
+        )
+        self.gain = RateGain(config.latents, *GAIN_ANCHORS)
+
+    def forward(self, x: Tensor, rate: Tensor) -> Tensor:
+        x = self.stacks[0](self.stem(x - 0.5), rate)
+        for down, stack in zip(self.downs, list(self.stacks)[1:]):
+            x = stack(down(x), rate)
+        return x.float() * self.gain(rate)
+
+
+class Synthesis(nn.Module):
+    """g_s: y_hat (B, N, H/16, W/16) -> x_hat (B, 3, H, W), not clipped; the mirror of g_a."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.gain = RateGain(config.latents, *(1 / gain for gain in GAIN_ANCHORS))
+        coarse_first = config.stages[::-1]
+        self.stacks = nn.ModuleList(BlockStack(stage, config) for stage in coarse_first)
+        self.ups = nn.ModuleList(
+            Resample(coarse.dim, fine.dim, 2, up=True) for coarse, fine in zip(coarse_first, coarse_first[1:])
+        )
+        self.head = Resample(config.stages[0].dim, 3, config.stem, up=True)
+
+    def forward(self, y_hat: Tensor, rate: Tensor) -> Tensor:
+        x = self.stacks[0](y_hat * self.gain(rate), rate)
+        for up, stack in zip(self.ups, list(self.stacks)[1:]):
+            x = stack(up(x), rate)
+        return self.head(x) + 0.5
+
+
+class HyperAnalysis(nn.Module):
+    """h_a: y over its deviation (B, N, h, w) -> z (B, hyper, ceil(h/4), ceil(w/4)), not rounded."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        width = config.features
+        self.enter = nn.Conv2d(config.latents, width, 1)
+        self.down1 = Resample(width, width, 2, up=False)
+        self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.down2 = Resample(width, config.hyper, 2, up=False)
+        nn.init.normal_(self.down2.conv.weight, std=4 * (4 * width) ** -0.5)  # z must not round to zero at first
+
+    def forward(self, y: Tensor) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            h, w = y.shape[-2:]
+            y = F.pad(y, (0, -w % 4, 0, -h % 4), mode="replicate")
+            # A square-root-like squash: the largest coefficients are 100 times the typical one.
+            x = F.gelu(self.enter(torch.asinh(y)))
+            x = F.gelu(self.down1(x))
+            return self.down2(F.gelu(x + self.local(x)))
