@@ -1,0 +1,71 @@
+"""`python -m model_store.training.export`: put the EMA weights of a run into a store as a new model.
+
+Old models stay, so that old bitstreams stay readable; the new one becomes the default unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from service.codec.config import CONFIGS
+from service.codec.model import TrainableCodec
+from service.codec.shipped import ShippedCodec, ship
+
+STORE = Path(__file__).parents[1]
+
+
+def export(checkpoint: Path, name: str, store: Path, make_default: bool = True) -> dict[str, object]:
+    """Write `<name>.safetensors` and its entry in `store.json`. Returns the entry.
+
+    Raises:
+        ValueError: the store already has another model of that name.
+    """
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    model = TrainableCodec(CONFIGS[state["size"]])
+    model.load_state_dict(state["ema"])
+    tensors, description = ship(model)
+    data = save(tensors, {"limpid": description})
+    entry: dict[str, object] = {
+        "name": name,
+        "size": state["size"],
+        "file": f"{name}.safetensors",
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "known_answer": ShippedCodec.from_tensors(tensors, description, torch.device("cpu")).known_answer(),
+        "training": {
+            "date": datetime.date.today().isoformat(),
+            "steps": state["step"],
+            "hours": round(state["seconds"] / 3600, 2),
+            **state["record"],
+        },
+    }
+    path = store / "store.json"
+    index = json.loads(path.read_text()) if path.exists() else {"default": name, "models": []}
+    if any(known["name"] == name for known in index["models"]):
+        raise ValueError(f"expected a name that {path} does not have yet, got {name}")
+    index["models"].append(entry)
+    if make_default:
+        index["default"] = name
+    (store / str(entry["file"])).write_bytes(data)
+    path.write_text(json.dumps(index, indent=2) + "\n")
+    return entry
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m model_store.training.export", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run")
+    parser.add_argument("--name", required=True, help="name of the model, for example edge-2")
+    parser.add_argument("--store", type=Path, default=STORE)
+    parser.add_argument("--keep-default", action="store_true", help="do not make it the store's default")
+    args = parser.parse_args()
+    print(json.dumps(export(args.checkpoint, args.name, args.store, not args.keep_default), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""A shipped model: float transforms, the integers of the exact prior, the CDF tables, and what runs on them.
+
+    analyse:     x -> y, z_hat                       device, any precision
+    symbols_of:  y, z_hat -> symbols and their rows  device, exact
+    write:       symbols -> bytes                    CPU, one photo
+    read:        bytes -> z_hat, then pass by pass   CPU and device, exact
+    synthesise:  y_hat -> x_hat                      device, any precision
+
+All tensors of one call share one latent size; rates may differ within a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from service.codec.config import RATE_POINTS, STRIDE, CodecConfig, Stage
+from service.codec.exact import IntegerLayer
+from service.codec.model import TrainableCodec
+from service.codec.prior import MEAN_FRACTION, ExactPrior, PriorOutput, Rescale, half_mask
+from service.codec.rans import SYMBOL_LIMIT, CorruptPayload, Decoder, Encoder, GuardedTables, Outliers, Symbols, concatenate
+from service.codec.tables import SKIPPED_LEVEL, Z_LIMIT, CdfTables, gaussian_tables, logistic_tables
+from service.codec.transforms import Analysis, HyperAnalysis, Synthesis
+
+_UNIT = 2**MEAN_FRACTION
+
+
+@dataclass(frozen=True)
+class LatentSymbols:
+    """Everything the entropy coder needs of one photo: z, and per pass the symbols and the scale levels, in order."""
+
+    rate: int
+    z: Symbols
+    passes: tuple[tuple[Symbols, Symbols], tuple[Symbols, Symbols]]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """The entropy-coded form of one photo, as the container carries it."""
+
+    payload: bytes
+    outliers: bytes
+
+
+def latent_size(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of y for a photo of any size."""
+    return -(-height // STRIDE), -(-width // STRIDE)
+
+
+class ShippedCodec:
+    """One model, ready on one device. Build it with `from_tensors`; `service.store` reads those from a file.
+
+    Args:
+        config: the model's shape.
+        transforms: g_a, g_s and h_a with their weights.
+        prior: the exact prior.
+        deviation: (N,) typical deviations, the normalisation that h_a expects.
+        y_tables: a table per scale level. z_tables: a table per rate point and channel, rate-major.
+    """
+
+    def __init__(
+        self,
+        config: CodecConfig,
+        transforms: tuple[Analysis, Synthesis, HyperAnalysis],
+        prior: ExactPrior,
+        deviation: Tensor,
+        y_tables: CdfTables,
+        z_tables: CdfTables,
+        device: torch.device,
+    ) -> None:
+        self.config, self.device = config, device
+        ready = [part.to(device, memory_format=torch.channels_last).eval().requires_grad_(False) for part in transforms]
+        self.g_a, self.g_s, self.h_a = ready
+        self.prior = prior.to(device)
+        self.deviation = deviation.to(device)
+        self.y_tables = GuardedTables(y_tables)
+        hyper = config.hyper
+        self.z_tables = [
+            GuardedTables(CdfTables(z_tables.cdf[rows], z_tables.size[rows], z_tables.offset[rows]))
+            for rows in (slice(rate * hyper, (rate + 1) * hyper) for rate in range(RATE_POINTS))
+        ]
+
+    # --- encoding ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def analyse(self, x: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, 3, H, W) in [0, 1], multiples of 16; rate: (B,) indexes. Returns y (B, N, h, w) float32 and z_hat."""
+        y = self.g_a(x.contiguous(memory_format=torch.channels_last), rate)
+        z = self.h_a(y / (self.g_a.gain(rate) * self.deviation[:, None, None]))
+        return y, z.float().round().clamp(-Z_LIMIT, Z_LIMIT)
+
+    @torch.inference_mode()
+    def symbols_of(self, y: Tensor, z_hat: Tensor, rate: Tensor) -> list[LatentSymbols]:
+        """Quantise y around the exact means, pass by pass."""
+        h, w = y.shape[-2:]
+        features = self.prior.features(z_hat, rate, h, w)
+        mask = half_mask(y.shape[1], h, w, y.device)
+        first = self.prior.first_pass(features, rate)
+        symbols0 = self._quantise(y, first)
+        known = (symbols0 * _UNIT + first.mean) * mask
+        second = self.prior.second_pass(features, known, rate)
+        symbols1 = self._quantise(y, second)
+        passes = [
+            [(_numpy(symbol[chosen]), _numpy(level[chosen])) for symbol, level in zip(symbols, output.level)]
+            for symbols, output, chosen in ((symbols0, first, mask), (symbols1, second, ~mask))
+        ]
+        return [
+            LatentSymbols(index, _numpy(z.flatten()), (zero, one))
+            for index, z, zero, one in zip(rate.tolist(), z_hat, *passes)
+        ]
+
+    @staticmethod
+    def _quantise(y: Tensor, output: PriorOutput) -> Tensor:
+        symbols = (y - output.mean / _UNIT).round().clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT)
+        return symbols.masked_fill(output.level == SKIPPED_LEVEL, 0)
+
+    def write(self, latents: LatentSymbols) -> Coded:
+        """Entropy-code one photo."""
+        encoder, outliers, starts, start = Encoder(), [], [], 0
+        channels = self._z_channels(len(latents.z))
+        encoder.add(latents.z, channels, self.z_tables[latents.rate])
+        for symbols, levels in latents.passes:
+            coded = levels != SKIPPED_LEVEL
+            symbols, levels = symbols[coded], levels[coded]
+            clipped = self.y_tables.clip(symbols, levels)
+            encoder.add(clipped, levels, self.y_tables)
+            outliers.append(Outliers.between(symbols, clipped))
+            starts.append(start)
+            start += len(symbols)
+        return Coded(encoder.finish(), concatenate(outliers, starts).to_bytes())
+
+    def _z_channels(self, count: int) -> Symbols:
+        return np.repeat(np.arange(self.config.hyper, dtype=np.int32), count // self.config.hyper)
+
+    # --- decoding ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def read(self, coded: Sequence[Coded], rate: Tensor, h: int, w: int) -> Tensor:
+        """Decode streams of one latent size (h, w) to y_hat (B, N, h, w) float32.
+
+        Raises:
+            CorruptPayload: the outliers of a stream contradict it. Any payload bytes decode to some picture.
+        """
+        n, hyper = self.config.latents, self.config.hyper
+        zh, zw = -(-h // 4), -(-w // 4)
+        decoders = [Decoder(one.payload, hyper * zh * zw + n * h * w) for one in coded]
+        outliers = [Outliers.from_bytes(one.outliers) for one in coded]
+        channels = self._z_channels(hyper * zh * zw)
+        z_hat = torch.stack(
+            [
+                torch.from_numpy(decoder.take(channels, self.z_tables[index])).reshape(hyper, zh, zw)
+                for decoder, index in zip(decoders, rate.tolist())
+            ]
+        ).to(self.device, torch.float32)
+        features = self.prior.features(z_hat, rate, h, w)
+        mask = half_mask(n, h, w, self.device)
+        first = self.prior.first_pass(features, rate)
+        starts = [0] * len(coded)
+        known = self._take(decoders, outliers, starts, first, mask)
+        second = self.prior.second_pass(features, known, rate)
+        rest = self._take(decoders, outliers, starts, second, ~mask)
+        for start, listed in zip(starts, outliers):
+            if len(listed.position) and listed.position[-1] >= start:
+                raise CorruptPayload(f"outliers: position {listed.position[-1]} of {start} coded latents")
+        return (known + rest) / _UNIT
+
+    def _take(
+        self, decoders: list[Decoder], outliers: list[Outliers], starts: list[int], output: PriorOutput, chosen: Tensor
+    ) -> Tensor:
+        """The latents of one pass in sixteenths, zero elsewhere; moves `starts` on."""
+        y_hat = torch.zeros_like(output.mean)
+        for index, (decoder, listed) in enumerate(zip(decoders, outliers)):
+            levels = _numpy(output.level[index][chosen])
+            coded = levels != SKIPPED_LEVEL
+            symbols = np.zeros(len(levels), np.int32)
+            taken = decoder.take(levels[coded], self.y_tables)
+            symbols[coded] = listed.within(starts[index], len(taken)).apply(taken)
+            starts[index] += len(taken)
+            y_hat[index][chosen] = torch.from_numpy(symbols).to(self.device, torch.float32) * _UNIT
+        return y_hat + output.mean * chosen
+
+    @torch.inference_mode()
+    def synthesise(self, y_hat: Tensor, rate: Tensor) -> Tensor:
+        """y_hat: (B, N, h, w). Returns x_hat (B, 3, 16 h, 16 w) float32 in [0, 1]."""
+        return self.g_s(y_hat.contiguous(memory_format=torch.channels_last), rate).float().clamp(0, 1)
+
+    # --- exactness --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def known_answer(self) -> str:
+        """SHA-256 of what the prior says of a fixed pseudo-random input at every rate point; the same everywhere."""
+        h, w = 10, 7  # z is 3x2: both crops of the upsampled features are exercised
+        rate = torch.arange(RATE_POINTS, device=self.device)
+        z_hat = self._pattern(self.config.hyper, 3, 2, 23, 1) - 11
+        y_hat = (self._pattern(self.config.latents, h, w, 4001, 2) - 2000) * half_mask(self.config.latents, h, w, self.device)
+        features = self.prior.features(z_hat, rate, h, w)
+        digest = hashlib.sha256()
+        for output in (self.prior.first_pass(features, rate), self.prior.second_pass(features, y_hat, rate)):
+            for part in (output.mean, output.level):
+                digest.update(part.to(torch.int32).cpu().numpy().astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def _pattern(self, channels: int, h: int, w: int, modulus: int, salt: int) -> Tensor:
+        """(8, channels, h, w) integers in [0, modulus), by integer arithmetic only."""
+        index = np.arange(RATE_POINTS * channels * h * w, dtype=np.uint64) + np.uint64(salt * 1_000_003)
+        mixed = (index * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+        values = (mixed % np.uint64(modulus)).astype(np.float32)
+        return torch.from_numpy(values).reshape(RATE_POINTS, channels, h, w).to(self.device)
+
+    # --- tensors ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], description: str, device: torch.device) -> ShippedCodec:
+        """Build a codec from what `ship` returned.
+
+        Raises:
+            ValueError: the tensors do not fit the description, or a layer cannot be exact on any carrier.
+        """
+        try:
+            stated = json.loads(description)
+            config = stated["config"]
+            config = CodecConfig(**{**config, "stages": tuple(Stage(**stage) for stage in config["stages"])})
+            parts = Analysis(config), Synthesis(config), HyperAnalysis(config)
+            for name, part in zip(("g_a", "g_s", "h_a"), parts):
+                part.load_state_dict({key: value.float() for key, value in _below(tensors, name).items()})
+            layers = {
+                name: IntegerLayer(*(tensors[f"prior.{name}.{key}"] for key in ("weight", "bias", "shift")), *clamp)
+                for name, clamp in stated["clamps"].items()
+            }
+            mean, context = (
+                Rescale(tensors[f"rescale.{name}.factor"], tensors[f"rescale.{name}.shift"], stated["limits"][name])
+                for name in ("mean", "context")
+            )
+            y_tables, z_tables = (
+                CdfTables(*(tensors[f"tables.{name}.{key}"].numpy() for key in ("cdf", "size", "offset"))) for name in "yz"
+            )
+            return cls(config, parts, ExactPrior(layers, mean, context), tensors["deviation"], y_tables, z_tables, device)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"expected the tensors of a shipped codec: {error}") from error
+
+
+def ship(model: TrainableCodec) -> tuple[dict[str, Tensor], str]:
+    """Freeze a trained model: float16 transforms, integer prior, integer tables, and a JSON description of its shape."""
+    with torch.no_grad():
+        prior = model.prior.exact(model.latent_gains())
+        location, scale = model.z_prior.parameters_at(torch.arange(RATE_POINTS))
+    tensors = {
+        f"{name}.{key}": value.to(torch.float16)
+        for name in ("g_a", "g_s", "h_a")
+        for key, value in getattr(model, name).state_dict().items()
+    }
+    tensors["deviation"] = model.prior.deviation.float()
+    for name, layer in prior.layers.items():
+        tensors[f"prior.{name}.weight"] = layer.weight.to(torch.int8)
+        tensors[f"prior.{name}.bias"] = layer.bias.to(torch.int32)
+        tensors[f"prior.{name}.shift"] = layer.shift.to(torch.int8)
+    rescales = {"mean": prior.mean_rescale, "context": prior.context_rescale}
+    for name, rescale in rescales.items():
+        tensors[f"rescale.{name}.factor"] = rescale.factor.to(torch.int16)
+        tensors[f"rescale.{name}.shift"] = rescale.shift.to(torch.int8)
+    z_tables = logistic_tables(location.double().flatten().numpy(), scale.double().flatten().numpy())
+    for name, tables in (("y", gaussian_tables()), ("z", z_tables)):
+        for key in ("cdf", "size", "offset"):
+            tensors[f"tables.{name}.{key}"] = torch.from_numpy(getattr(tables, key))
+    description = {
+        "config": asdict(model.config),
+        "clamps": {name: [layer.low, layer.high] for name, layer in prior.layers.items()},
+        "limits": {name: rescale.limit for name, rescale in rescales.items()},
+    }
+    return {name: value.contiguous() for name, value in tensors.items()}, json.dumps(description, sort_keys=True)
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
+
+
+def _numpy(x: Tensor) -> Symbols:
+    return x.to("cpu", torch.int32).numpy()

@@ -1,0 +1,239 @@
+"""The engine: lists of photos in, bitstreams out, and back. It owns the device, the precision and the loaded models.
+
+Callers may hand over photos of any sizes and rates in one list; those that share a padded size run together. One call
+runs at a time (`service.batching` will queue in front of it); nothing here knows HTTP or asyncio.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.codec.bitstream import Bitstream, BitstreamError, CorruptBitstream
+from service.codec.config import RATE_POINTS, STRIDE
+from service.codec.rans import CorruptPayload
+from service.codec.shipped import Coded, ShippedCodec, latent_size
+from service.store import ModelEntry, ModelStore
+
+T = TypeVar("T")
+
+Photo = NDArray[np.uint8]
+"""An sRGB photo, (H, W, 3)."""
+
+
+class UnknownModel(BitstreamError):
+    """The stream needs, or the request names, a model that this store does not hold."""
+
+
+@dataclass
+class StageTimes:
+    """Seconds spent per stage of one call."""
+
+    transform: float = 0.0
+    entropy: float = 0.0
+
+    def measure(self, stage: str) -> AbstractContextManager[None]:
+        return _Timer(self, stage)
+
+
+@dataclass
+class _Timer(AbstractContextManager[None]):
+    times: StageTimes
+    stage: str
+    start: float = 0.0
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        setattr(self.times, self.stage, getattr(self.times, self.stage) + time.perf_counter() - self.start)
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """One photo to compress: pixels (H, W, 3) uint8, the rate point 1 to 8, and the model's name (None: the default)."""
+
+    photo: Photo
+    rate: int
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model with its entry in the store."""
+
+    entry: ModelEntry
+    codec: ShippedCodec
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the transforms and the exact prior on the device."""
+        codec = self.codec
+        tensors = [*codec.g_a.parameters(), *codec.g_s.parameters(), *codec.h_a.parameters()]
+        tensors += [part for layer in codec.prior.layers.values() for part in (layer.weight, layer.bias, layer.shift)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: the first GPU, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 on a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+class Engine:
+    """Models of one store on one device.
+
+    Args:
+        store: an opened store; every model in it is loaded.
+        device, precision: as in `Settings`.
+
+    Raises:
+        StoreError: a model is altered or fails its known-answer test.
+    """
+
+    def __init__(self, store: ModelStore, device: str = "auto", precision: str = "auto") -> None:
+        self.device = pick_device(device)
+        if precision == "auto":
+            precision = "bfloat16" if multiplies_bfloat16(self.device) else "float32"
+        self.precision = precision
+        self.models = {entry.name: Model(entry, store.load(entry, self.device)) for entry in store.index.models}
+        self.default = self.models[store.index.default]
+        self._by_id = {model.entry.model_id: model for model in self.models.values()}
+        self._lock = threading.Lock()
+
+    def model(self, name: str | None) -> Model:
+        """A model by name, None for the default.
+
+        Raises:
+            UnknownModel: the store has none of that name.
+        """
+        if name is None:
+            return self.default
+        if name not in self.models:
+            raise UnknownModel(f"expected one of the models {', '.join(sorted(self.models))}, got {name!r}")
+        return self.models[name]
+
+    def model_of(self, stream: Bitstream) -> Model:
+        """The model that wrote a stream.
+
+        Raises:
+            UnknownModel: the store does not hold it.
+        """
+        model = self._by_id.get(stream.model_id)
+        if model is None:
+            held = ", ".join(f"{m.entry.model_id.hex()} ({m.entry.name})" for m in self.models.values())
+            raise UnknownModel(f"the stream needs model {stream.model_id.hex()}; this store holds {held}")
+        return model
+
+    def warm_up(self) -> None:
+        """Run every variant once each way, so that the first request pays for nothing."""
+        photo = np.zeros((64, 64, 3), np.uint8)
+        for name in self.models:
+            self.decode(self.encode([EncodeJob(photo, rate, name) for rate in range(1, RATE_POINTS + 1)]))
+
+    def encode(self, jobs: Sequence[EncodeJob], times: StageTimes | None = None) -> list[Bitstream]:
+        """Compress photos of any sizes and rates; results in the order of the jobs.
+
+        Raises:
+            UnknownModel: a job names a model that the store does not hold.
+            ValueError: a photo or a rate point is out of range.
+        """
+        for job in jobs:
+            if job.photo.dtype != np.uint8 or job.photo.ndim != 3 or job.photo.shape[2] != 3 or 0 in job.photo.shape:
+                raise ValueError(f"expected a photo (H, W, 3) of uint8, got {job.photo.shape} of {job.photo.dtype}")
+            if not 1 <= job.rate <= RATE_POINTS:
+                raise ValueError(f"expected a rate point from 1 to {RATE_POINTS}, got {job.rate}")
+        models = [self.model(job.model) for job in jobs]
+
+        def group(indexes: list[int]) -> list[Bitstream]:
+            return self._encode_group(models[indexes[0]], [jobs[index] for index in indexes], times or StageTimes())
+
+        sizes = [latent_size(*job.photo.shape[:2]) for job in jobs]
+        return self._grouped([(id(model), size) for model, size in zip(models, sizes)], group)
+
+    def decode(self, streams: Sequence[Bitstream], times: StageTimes | None = None) -> list[Photo]:
+        """Restore photos from streams of any sizes, rates and models; results in order.
+
+        Raises:
+            UnknownModel: a stream's model is not in the store.
+            CorruptBitstream: a stream passes its checksum but contradicts itself.
+        """
+        models = [self.model_of(stream) for stream in streams]
+
+        def group(indexes: list[int]) -> list[Photo]:
+            return self._decode_group(models[indexes[0]], [streams[index] for index in indexes], times or StageTimes())
+
+        sizes = [latent_size(stream.height, stream.width) for stream in streams]
+        return self._grouped([(id(model), size) for model, size in zip(models, sizes)], group)
+
+    def _grouped(self, keys: Sequence[object], run: Callable[[list[int]], list[T]]) -> list[T]:
+        """Run indexes that share a key together; results in order."""
+        groups: dict[object, list[int]] = defaultdict(list)
+        for index, key in enumerate(keys):
+            groups[key].append(index)
+        results: dict[int, T] = {}
+        with self._lock:
+            for indexes in groups.values():
+                results.update(zip(indexes, run(indexes)))
+        return [results[index] for index in range(len(keys))]
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def _encode_group(self, model: Model, jobs: list[EncodeJob], times: StageTimes) -> list[Bitstream]:
+        codec = model.codec
+        rate = torch.tensor([job.rate - 1 for job in jobs], device=self.device)
+        with times.measure("transform"):
+            x = torch.cat([self._padded(job.photo) for job in jobs])
+            with self._autocast():
+                y, z_hat = codec.analyse(x, rate)
+            latents = codec.symbols_of(y, z_hat, rate)
+        with times.measure("entropy"):
+            coded = [codec.write(one) for one in latents]
+        return [
+            Bitstream(
+                model.entry.model_id, job.rate, job.photo.shape[1], job.photo.shape[0], (), one.outliers, one.payload
+            )
+            for job, one in zip(jobs, coded)
+        ]
+
+    def _padded(self, photo: Photo) -> Tensor:
+        """(1, 3, H, W) in [0, 1] on the device, the last row and column repeated up to multiples of 16."""
+        x = torch.from_numpy(np.ascontiguousarray(photo)).to(self.device).permute(2, 0, 1)[None].float() / 255
+        return F.pad(x, (0, -x.shape[3] % STRIDE, 0, -x.shape[2] % STRIDE), mode="replicate")
+
+    def _decode_group(self, model: Model, streams: list[Bitstream], times: StageTimes) -> list[Photo]:
+        codec = model.codec
+        rate = torch.tensor([stream.rate - 1 for stream in streams], device=self.device)
+        h, w = latent_size(streams[0].height, streams[0].width)
+        with times.measure("entropy"):
+            try:
+                y_hat = codec.read([Coded(stream.payload, stream.outliers) for stream in streams], rate, h, w)
+            except CorruptPayload as error:
+                raise CorruptBitstream(str(error)) from error
+        with times.measure("transform"):
+            with self._autocast():
+                x_hat = codec.synthesise(y_hat, rate)
+            pixels = (x_hat * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [
+            np.ascontiguousarray(photo[: stream.height, : stream.width]) for photo, stream in zip(pixels, streams)
+        ]

@@ -1,0 +1,97 @@
+"""Problems as clients see them: RFC 9457 `application/problem+json`, and the one table from exceptions to problems.
+
+A `type` is stable, a `detail` says what was expected and what came. Unknown exceptions become a 500 that says nothing
+of the inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service.batching import QueueFull
+from service.codec.bitstream import BitstreamError, NotABitstream, UnsupportedVersion
+from service.engine import UnknownModel
+from service.imaging import CorruptImage, NotAnImage, TooManyPixels
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of problem: the last part of its `type`, the status, and a title."""
+
+    slug: str
+    status: int
+    title: str
+
+
+MALFORMED = Kind("malformed-request", 400, "Malformed request")
+EMPTY = Kind("empty-body", 400, "Empty body")
+NOT_FOUND = Kind("not-found", 404, "Not found")
+METHOD = Kind("method-not-allowed", 405, "Method not allowed")
+NOT_ACCEPTABLE = Kind("not-acceptable", 406, "No acceptable format")
+TOO_LARGE = Kind("body-too-large", 413, "Body too large")
+NOT_AN_IMAGE = Kind("not-an-image", 415, "Not an image")
+NOT_A_BITSTREAM = Kind("not-a-bitstream", 415, "Not a Limpid bitstream")
+CORRUPT_IMAGE = Kind("corrupt-image", 422, "Corrupt image")
+CORRUPT_BITSTREAM = Kind("corrupt-bitstream", 422, "Corrupt bitstream")
+UNSUPPORTED_VERSION = Kind("unsupported-version", 422, "Unsupported bitstream version")
+UNKNOWN_MODEL = Kind("unknown-model", 422, "Unknown model")
+TOO_MANY_PIXELS = Kind("too-many-pixels", 422, "Too many pixels")
+BUDGET = Kind("unmeetable-budget", 422, "Budget cannot be met")
+QUEUE_FULL = Kind("queue-full", 429, "Too many requests")
+NOT_READY = Kind("not-ready", 503, "Not ready")
+INTERNAL = Kind("internal-error", 500, "Internal error")
+
+_TABLE: tuple[tuple[type[Exception], Kind], ...] = (  # the first match counts, so subclasses come first
+    (UnknownModel, UNKNOWN_MODEL),
+    (NotABitstream, NOT_A_BITSTREAM),
+    (UnsupportedVersion, UNSUPPORTED_VERSION),
+    (BitstreamError, CORRUPT_BITSTREAM),
+    (NotAnImage, NOT_AN_IMAGE),
+    (TooManyPixels, TOO_MANY_PIXELS),
+    (CorruptImage, CORRUPT_IMAGE),
+    (QueueFull, QUEUE_FULL),
+)
+_STATUSES = {404: NOT_FOUND, 405: METHOD}
+
+
+class Problem(Exception):
+    """Raised where a request is found to be wrong and no exception of the layers below says so."""
+
+    def __init__(self, kind: Kind, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.kind, self.detail, self.headers = kind, detail, headers or {}
+
+
+def problem_of(error: Exception) -> Problem:
+    """The problem that a client is told for an exception."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, RequestValidationError):
+        parts = [f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in error.errors()]
+        return Problem(MALFORMED, "; ".join(parts))
+    if isinstance(error, HTTPException):
+        kind = _STATUSES.get(error.status_code, MALFORMED if error.status_code < 500 else INTERNAL)
+        return Problem(kind, str(error.detail), dict(error.headers or {}))
+    for known, kind in _TABLE:
+        if isinstance(error, known):
+            return Problem(kind, str(error), {"Retry-After": "1"} if kind is QUEUE_FULL else None)
+    return Problem(INTERNAL, "the service failed in a way that it did not foresee; its log knows more")
+
+
+def problem_response(problem: Problem, request: Request) -> JSONResponse:
+    """The answer for a problem, with the request's id in its body."""
+    body = {
+        "type": f"urn:limpid:problem:{problem.kind.slug}",
+        "title": problem.kind.title,
+        "status": problem.kind.status,
+        "detail": problem.detail,
+        "request_id": getattr(request.state, "request_id", ""),
+    }
+    return JSONResponse(body, problem.kind.status, problem.headers, media_type=PROBLEM_MEDIA_TYPE)

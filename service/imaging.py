@@ -1,0 +1,124 @@
+"""Uploads to sRGB arrays and back. Knows Pillow, knows no HTTP.
+
+An upload of any supported kind becomes (H, W, 3) uint8 sRGB: EXIF orientation applied, the embedded ICC profile
+converted, 16 bits rounded to 8, CMYK, grey and palette expanded, transparency laid over white, the first frame of an
+animation. Limits are checked from the header, before a pixel is allocated.
+"""
+
+from __future__ import annotations
+
+import io
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+Photo = NDArray[np.uint8]
+
+INPUT_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP")
+
+Image.MAX_IMAGE_PIXELS = None  # `read_photo` has its own limit and applies it before decoding
+
+_SRGB = ImageCms.createProfile("sRGB")
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError)
+
+
+class ImageError(ValueError):
+    """The upload cannot become a photo."""
+
+
+class NotAnImage(ImageError):
+    """The bytes are of no supported image format."""
+
+
+class CorruptImage(ImageError):
+    """The bytes begin like an image but cannot be decoded."""
+
+
+class TooManyPixels(ImageError):
+    """The photo is larger than the limit."""
+
+
+class OutputFormat(Enum):
+    """A format that photos are returned in: media type, Pillow's name, and the default quality of a lossy one."""
+
+    PNG = ("image/png", "PNG", None)
+    JPEG = ("image/jpeg", "JPEG", 90)
+    WEBP = ("image/webp", "WEBP", 85)
+    AVIF = ("image/avif", "AVIF", 75)
+
+    def __init__(self, media_type: str, pillow: str, quality: int | None) -> None:
+        self.media_type, self.pillow, self.default_quality = media_type, pillow, quality
+
+
+def read_photo(data: bytes, max_pixels: int) -> Photo:
+    """Decode an upload to (H, W, 3) uint8 sRGB.
+
+    Raises:
+        NotAnImage: none of the supported formats.
+        TooManyPixels: width times height exceeds max_pixels; nothing was decoded.
+        CorruptImage: the file is cut short or damaged.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=INPUT_FORMATS)
+    except UnidentifiedImageError:
+        kinds = ", ".join(name for name in INPUT_FORMATS if name != "MPO")
+        raise NotAnImage(f"expected an image ({kinds}), got {len(data)} bytes of something else") from None
+    except _DECODER_ERRORS as error:
+        raise CorruptImage(f"the image header is damaged: {error}") from error
+    with image:
+        if image.width * image.height > max_pixels:
+            raise TooManyPixels(f"expected at most {max_pixels} pixels, got {image.width}x{image.height}")
+        try:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return _to_srgb(upright)
+        except _DECODER_ERRORS as error:
+            raise CorruptImage(f"the {image.format} file is damaged: {error}") from error
+
+
+def _to_srgb(image: Image.Image) -> Photo:
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bit_grey(image)
+    if image.mode == "P" or "transparency" in image.info:
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        colour = _convert_profile(image.convert("RGB"), profile)
+        white = Image.new("RGB", image.size, "white")
+        return np.asarray(Image.composite(colour, white, alpha))
+    return np.asarray(_convert_profile(image, profile).convert("RGB"))
+
+
+def _eight_bit_grey(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits, rounded; float grey is taken as [0, 1]."""
+    values = np.asarray(image).astype(np.float64)
+    scaled = np.nan_to_num(values) * 255 if image.mode == "F" else values * (255 / 65535)
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+
+
+def _convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert from the embedded profile to sRGB; one that is broken or of another colour model is ignored."""
+    if not profile or image.mode not in ("RGB", "L", "CMYK"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    return converted if converted is not None else image
+
+
+def write_photo(photo: Photo, output: OutputFormat, quality: int | None = None) -> bytes:
+    """Encode (H, W, 3) uint8 sRGB. quality: 1 to 100, only for lossy formats; None takes the format's default."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(photo)
+    if output is OutputFormat.PNG:
+        image.save(buffer, "PNG", compress_level=4)
+    else:
+        options = {"subsampling": 0} if output is OutputFormat.JPEG else {}
+        image.save(buffer, output.pillow, quality=quality or output.default_quality, **options)
+    return buffer.getvalue()

@@ -1,0 +1,64 @@
+"""Every Prometheus series of the service, in one place. Base units; no label that a client can choose freely."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+
+from service import __version__
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_BYTES = tuple(4.0**power for power in range(4, 15))
+_BITS_PER_PIXEL = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.3, 1.6, 2.0, 3.0, 5.0, 10.0, 24.0)
+
+
+class Metrics:
+    """The series of one app, in a registry of their own. Names carry the prefix `limpid_`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"limpid_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"limpid_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"limpid_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+        self.requests = counter("http_requests_total", "Requests answered.", "operation", "status")
+        self.rejected = counter("rejected_total", "Requests refused, by problem type.", "reason")
+        self.pixels = counter("pixels_total", "Pixels of photos processed.", "operation", "model")
+        self.bitstream_bytes = counter("bitstream_bytes_total", "Bytes of bitstreams.", "operation", "model")
+        self.degradations = counter("degradations_total", "Degradations that the encoder reported.", "kind")
+        self.request_seconds = histogram(
+            "http_request_duration_seconds", "From the first byte read to the answer.", _SECONDS, "operation"
+        )
+        self.stage_seconds = histogram(
+            "stage_duration_seconds", "Time of one stage of a request.", _SECONDS, "operation", "stage"
+        )
+        self.request_bytes = histogram("request_body_bytes", "Bytes of request bodies.", _BYTES, "operation")
+        self.response_bytes = histogram("response_body_bytes", "Bytes of response bodies.", _BYTES, "operation")
+        self.bits_per_pixel = histogram(
+            "bits_per_pixel", "Bitstream bits over photo pixels.", _BITS_PER_PIXEL, "model", "rate"
+        )
+        self.in_progress = gauge("requests_in_progress", "Requests being handled.", "operation")
+        self.queue_items = gauge("queue_items", "Requests waiting for the device.", "operation")
+        self.ready = gauge("ready", "1 when the service answers requests, else 0.")
+        self.model_loaded = gauge("model_loaded", "1 for every model on the device.", "model", "device")
+        self.gpu_memory = gauge("gpu_memory_bytes", "Memory that torch holds on a GPU.", "device", "kind")
+        build = gauge("build_info", "1, with the versions as labels.", "version", "python", "torch")
+        build.labels(__version__, platform.python_version(), torch.__version__).set(1)
+
+    def observe_gpu_memory(self) -> None:
+        """Read torch's allocator; without a GPU there is nothing to read."""
+        if torch.cuda.is_available():
+            for index in range(torch.cuda.device_count()):
+                name = f"cuda:{index}"
+                self.gpu_memory.labels(name, "allocated").set(torch.cuda.memory_allocated(index))
+                self.gpu_memory.labels(name, "reserved").set(torch.cuda.memory_reserved(index))

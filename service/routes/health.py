@@ -1,0 +1,44 @@
+"""`/livez`, `/readyz`, `/metrics`, and the way from `/` to the documentation."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from fastapi.responses import RedirectResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+
+from service.errors import NOT_READY, Problem
+from service.state import ServiceDependency
+
+router = APIRouter()
+
+
+class Health(BaseModel):
+    status: str
+
+
+@router.get("/livez")
+async def livez(service: ServiceDependency) -> Health:
+    """200 while a restart would not help; 503 with the reason when the models cannot be loaded."""
+    if service.failure:
+        raise Problem(NOT_READY, service.failure)
+    return Health(status="alive")
+
+
+@router.get("/readyz")
+async def readyz(service: ServiceDependency) -> Health:
+    """200 once every variant is on the device and has run; 503 with the reason before."""
+    service.require()
+    return Health(status="ready")
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(service: ServiceDependency) -> Response:
+    """All series in the Prometheus text format."""
+    service.metrics.observe_gpu_memory()
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/", include_in_schema=False)
+async def home() -> RedirectResponse:
+    return RedirectResponse("/docs")

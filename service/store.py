@@ -1,0 +1,124 @@
+"""The model store: `store.json`, one safetensors file per model, and how a model gets from there to a device.
+
+Every file is checked against its digest before it is used, and every model answers its known-answer test before it is
+handed out. Nothing here encodes or decodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_tensors
+
+from service.codec.bitstream import MODEL_ID_BYTES
+from service.codec.config import RATE_POINTS
+from service.codec.shipped import ShippedCodec
+
+STORE_FILE = "store.json"
+
+
+class StoreError(ValueError):
+    """The store cannot be used as it is: something is missing, altered or does not fit."""
+
+
+class Measurement(BaseModel):
+    """Mean over a set of photos at one rate point: file bytes in bits per pixel, PSNR in dB against the clean photo."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rate: int = Field(ge=1, le=RATE_POINTS)
+    degradation: str
+    photos: str
+    bpp: float
+    psnr: float
+
+
+class ModelEntry(BaseModel):
+    """One model of the store.
+
+    `sha256` is the file's; its first 8 bytes are the model id that bitstreams carry. `known_answer` is what
+    `ShippedCodec.known_answer` gives on every device. `training` records how the weights came about.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    size: str
+    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    known_answer: str = Field(pattern=r"^[0-9a-f]{64}$")
+    rate_points: int = RATE_POINTS
+    training: dict[str, str | int | float] = {}
+    measured: list[Measurement] = []
+
+    @property
+    def model_id(self) -> bytes:
+        return bytes.fromhex(self.sha256)[:MODEL_ID_BYTES]
+
+
+class StoreIndex(BaseModel):
+    """The content of `store.json`: the models, and the name of the one that is used when a request names none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    default: str
+    models: list[ModelEntry]
+
+
+class ModelStore:
+    """An opened store.
+
+    Args:
+        folder: where `store.json` lies.
+
+    Raises:
+        StoreError: no store there, or one that contradicts itself.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / STORE_FILE
+        try:
+            self.index = StoreIndex.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise StoreError(f"expected a model store at {folder}: {error.strerror}: {STORE_FILE}") from error
+        except ValidationError as error:
+            raise StoreError(f"{path}: {error}") from error
+        names = [entry.name for entry in self.index.models]
+        ids = {entry.model_id for entry in self.index.models}
+        if len(set(names)) < len(names) or len(ids) < len(names):
+            raise StoreError(f"{path}: two models share a name or an id: {', '.join(names)}")
+        if self.index.default not in names:
+            raise StoreError(f"{path}: the default {self.index.default!r} is not among {', '.join(names)}")
+
+    def load(self, entry: ModelEntry, device: torch.device) -> ShippedCodec:
+        """Read one model, check it, and put it on a device.
+
+        Raises:
+            StoreError: the file is missing or altered, holds something else, or fails its known-answer test here.
+        """
+        path = self.folder / entry.file
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"model {entry.name}: {error.strerror}: {path}") from error
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != entry.sha256:
+            raise StoreError(f"model {entry.name}: expected SHA-256 {entry.sha256}, {path} has {digest}")
+        try:
+            with safe_open(path, framework="pt") as opened:
+                description = (opened.metadata() or {}).get("limpid", "")
+            codec = ShippedCodec.from_tensors(load_tensors(data), description, device)
+        except (SafetensorError, ValueError) as error:
+            raise StoreError(f"model {entry.name}: {path}: {error}") from error
+        answer = codec.known_answer()
+        if answer != entry.known_answer:
+            raise StoreError(
+                f"model {entry.name}: the exact path gives {answer[:16]}... on {device}, expected "
+                f"{entry.known_answer[:16]}...: bitstreams made here would not decode elsewhere"
+            )
+        return codec
