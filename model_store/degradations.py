@@ -118,7 +118,7 @@ def _grid(reach: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def line_kernels(length: Tensor, width: Tensor, angle: Tensor) -> Tensor:
-    """Soft line segments, (B, k, k), peak 1: the mark of a streak or of a moving camera. angle from the vertical, rad."""
+    """Soft line segments, (B, k, k), peak 1: the mark of a streak or of a moving camera; angles from the vertical."""
     reach = int(length.max().item() / 2) + 2
     i, j = _grid(reach, length.device)
     length, width, angle = (p.reshape(-1, 1, 1) for p in (length, width, angle))

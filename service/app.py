@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import torch
@@ -21,11 +21,10 @@ from service.batching import SerialQueue
 from service.codec.bitstream import Bitstream
 from service.engine import EncodeJob, Engine, Photo, StageTimes
 from service.errors import INTERNAL, Problem, problem_of, problem_response
-from service.metrics import Metrics
 from service.middleware import RequestMiddleware
 from service.routes import compress, decompress, health, variants
-from service.state import Ready, Service
 from service.settings import Settings
+from service.state import Ready, Service
 from service.store import ModelStore
 
 log = logging.getLogger("limpid")
@@ -47,11 +46,11 @@ async def _bring_up(service: Service) -> None:
         service.failure = f"the models could not be loaded: {error}"
         return
 
-    def encode(jobs: list[EncodeJob]) -> list[tuple[Bitstream, StageTimes]]:
+    def encode(jobs: Sequence[EncodeJob]) -> list[tuple[Bitstream, StageTimes]]:
         times = StageTimes()
         return [(stream, times) for stream in engine.encode(jobs, times)]
 
-    def decode(streams: list[Bitstream]) -> list[tuple[Photo, StageTimes]]:
+    def decode(streams: Sequence[Bitstream]) -> list[tuple[Photo, StageTimes]]:
         times = StageTimes()
         return [(photo, times) for photo in engine.decode(streams, times)]
 
@@ -61,8 +60,9 @@ async def _bring_up(service: Service) -> None:
     metrics.ready.set(1)
     for name in engine.models:
         metrics.model_loaded.labels(name, str(engine.device)).set(1)
-    for operation, queue in (("compress", service.ready.compress), ("decompress", service.ready.decompress)):
-        metrics.queue_items.labels(operation).set_function(lambda queue=queue: queue.waiting)
+    compress, decompress = service.ready.compress, service.ready.decompress
+    metrics.queue_items.labels("compress").set_function(lambda: compress.waiting)
+    metrics.queue_items.labels("decompress").set_function(lambda: decompress.waiting)
     log.info("ready: %s on %s in %s", ", ".join(engine.models), engine.device, engine.precision)
 
 
@@ -96,7 +96,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     for kind in (Problem, RequestValidationError, HTTPException, ValueError, RuntimeError):
         app.add_exception_handler(kind, answer)
-    app.add_middleware(
-        RequestMiddleware, metrics=service.metrics, max_body_bytes=service.settings.max_body_bytes
-    )
+    app.add_middleware(RequestMiddleware, metrics=service.metrics, max_body_bytes=service.settings.max_body_bytes)
     return app

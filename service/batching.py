@@ -1,4 +1,4 @@
-"""The queue between requests and the device. For now it runs one item at a time, first in first out, in a worker thread.
+"""The queue between requests and the device. For now it runs one item at a time, in order, in a worker thread.
 
 This is the seam of the micro-batcher (DESIGN section 6): routes only know `submit`, the runner already takes lists.
 Pure asyncio: knows no torch and no HTTP.

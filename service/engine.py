@@ -62,7 +62,7 @@ class _Timer(AbstractContextManager[None]):
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """One photo to compress: pixels (H, W, 3) uint8, the rate point 1 to 8, and the model's name (None: the default)."""
+    """One photo to compress: (H, W, 3) uint8, the rate point 1 to 8, and the model's name (None: the default)."""
 
     photo: Photo
     rate: int
@@ -80,7 +80,7 @@ class Model:
     def resident_bytes(self) -> int:
         """Bytes of the transforms and the exact prior on the device."""
         codec = self.codec
-        tensors = [*codec.g_a.parameters(), *codec.g_s.parameters(), *codec.h_a.parameters()]
+        tensors: list[Tensor] = [*codec.g_a.parameters(), *codec.g_s.parameters(), *codec.h_a.parameters()]
         tensors += [part for layer in codec.prior.layers.values() for part in (layer.weight, layer.bias, layer.shift)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -234,6 +234,4 @@ class Engine:
             with self._autocast():
                 x_hat = codec.synthesise(y_hat, rate)
             pixels = (x_hat * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [
-            np.ascontiguousarray(photo[: stream.height, : stream.width]) for photo, stream in zip(pixels, streams)
-        ]
+        return [np.ascontiguousarray(photo[: stream.height, : stream.width]) for photo, stream in zip(pixels, streams)]

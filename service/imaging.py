@@ -16,12 +16,22 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 Photo = NDArray[np.uint8]
 
-INPUT_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP")
+INPUT_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP")
 
 Image.MAX_IMAGE_PIXELS = None  # `read_photo` has its own limit and applies it before decoding
 
 _SRGB = ImageCms.createProfile("sRGB")
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError)
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+)
 
 
 class ImageError(ValueError):
@@ -63,8 +73,9 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
     try:
         image = Image.open(io.BytesIO(data), formats=INPUT_FORMATS)
     except UnidentifiedImageError:
-        kinds = ", ".join(name for name in INPUT_FORMATS if name != "MPO")
-        raise NotAnImage(f"expected an image ({kinds}), got {len(data)} bytes of something else") from None
+        raise NotAnImage(
+            f"expected an image ({', '.join(INPUT_FORMATS)}), got {len(data)} bytes of something else"
+        ) from None
     except _DECODER_ERRORS as error:
         raise CorruptImage(f"the image header is damaged: {error}") from error
     with image:

@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -46,7 +47,7 @@ def export(checkpoint: Path, name: str, store: Path, make_default: bool = True) 
         },
     }
     path = store / "store.json"
-    index = json.loads(path.read_text()) if path.exists() else {"default": name, "models": []}
+    index: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"default": name, "models": []}
     if any(known["name"] == name for known in index["models"]):
         raise ValueError(f"expected a name that {path} does not have yet, got {name}")
     index["models"].append(entry)

@@ -146,7 +146,8 @@ def train(
     path = run / "checkpoint.pt"
     torch.manual_seed(seed)
     pool = PhotoPool(photos, crop, where)
-    model = TrainableCodec(CONFIGS[size]).to(where, memory_format=torch.channels_last)
+    model = TrainableCodec(CONFIGS[size]).to(where)
+    model.to(memory_format=torch.channels_last)
     if not path.exists():
         if start_from:
             model.load_state_dict(torch.load(start_from, map_location=where, weights_only=True)["ema"])
@@ -203,12 +204,20 @@ def train(
         step += 1
         clean = [index for index, kinds in enumerate(data.kinds) if kinds == (Kind.CLEAN,)]
         psnr = -10 * mse.detach().clamp_min(1e-9).log10()
-        for name, value in {
-            "loss": float(loss.detach()), "bpp": float(bpp.detach().mean()), "psnr": float(psnr.mean()),
-            "z_bpp": float(out.z_bits.detach().mean()) / pixels, "grad_norm": float(norm), "dropped": float(not finite), "count": 1,
-            **({"clean_psnr": float(psnr[clean].mean()) * len(clean),
-                "clean_bpp": float(bpp.detach()[clean].mean()) * len(clean), "clean": len(clean)} if clean else {}),
-        }.items():  # fmt: skip
+        values = {
+            "loss": float(loss.detach()),
+            "bpp": float(bpp.detach().mean()),
+            "psnr": float(psnr.mean()),
+            "z_bpp": float(out.z_bits.detach().mean()) / pixels,
+            "grad_norm": float(norm),
+            "dropped": float(not finite),
+            "count": 1.0,
+        }
+        if clean:
+            values["clean_psnr"] = float(psnr[clean].sum())
+            values["clean_bpp"] = float(bpp.detach()[clean].sum())
+            values["clean"] = float(len(clean))
+        for name, value in values.items():
             if math.isfinite(value):
                 sums[name] = sums.get(name, 0.0) + value
         now = time.monotonic()

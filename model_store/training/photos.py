@@ -46,7 +46,7 @@ class PhotoPool:
         self.weights = torch.tensor([float(photo.shape[1] * photo.shape[2]) ** 0.5 for photo in self.photos])
 
     def crops(self, count: int, size: int, generator: torch.Generator) -> Tensor:
-        """(count, 3, size, size) float32 in [0, 1]: random places, flips and quarter turns. `generator` is a CPU one."""
+        """(count, 3, size, size) float32 in [0, 1]: random places and flips. `generator` is a CPU one."""
         chosen = torch.multinomial(self.weights, count, replacement=True, generator=generator).tolist()
         crops = []
         for index in chosen:

@@ -6,12 +6,15 @@ HATBs between are fresh, hence the identity. A model whose stem has stride 1 sta
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model_store.training.photos import PhotoPool
 from service.codec.model import TrainableCodec
+from service.codec.transforms import Resample
 
 
 def principal_components(vectors: Tensor, count: int) -> Tensor:
@@ -34,6 +37,7 @@ def warm_start(model: TrainableCodec, pool: PhotoPool, crops: int = 600, size: i
     x = torch.cat([pool.crops(1, size, generator) for _ in range(crops)]).cpu() - 0.5
     pairs = zip([model.g_a.stem, *model.g_a.downs], [model.g_s.head, *list(model.g_s.ups)[::-1]])
     for down, up in pairs:
+        down, up = cast(Resample, down), cast(Resample, up)
         x = F.pixel_unshuffle(x, down.factor)
         inputs, outputs = down.conv.in_channels, down.conv.out_channels
         if outputs > inputs:
@@ -41,7 +45,7 @@ def warm_start(model: TrainableCodec, pool: PhotoPool, crops: int = 600, size: i
         basis = principal_components(x.permute(0, 2, 3, 1).reshape(-1, inputs), outputs).float()
         down.conv.weight.copy_(basis[:, :, None, None])
         up.conv.weight.copy_(basis.T[:, :, None, None])
-        down.conv.bias.zero_()
-        up.conv.bias.zero_()
+        nn.init.zeros_(cast(Tensor, down.conv.bias))
+        nn.init.zeros_(cast(Tensor, up.conv.bias))
         x = F.conv2d(x, basis[:, :, None, None])
     model.start_entropy_from(x.std((0, 2, 3)).clamp_min(1e-4).to(model.prior.deviation.device))

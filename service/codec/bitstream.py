@@ -12,7 +12,7 @@
     23+2n   4      o, bytes of outliers
     27+2n   4      p, bytes of the entropy-coded payload
     31+2n   o      outliers, see `rans.Outliers`
-    ...     p      payload: one rANS stream of z, then y of pass 0, then y of pass 1, each in (channel, row, column) order
+    ...     p      payload: one rANS stream of z, y of pass 0, y of pass 1, each in (channel, row, column) order
     ...     4      CRC-32C (RFC 3720, Castagnoli) of everything before it
 
 A reader looks at magic, version, length and checksum before anything else, and never allocates by a number it read
@@ -110,8 +110,14 @@ class Bitstream:
         """Raises:
         ValueError: a field is out of the range that the format allows.
         """
-        if not 1 <= self.rate <= RATE_POINTS or min(self.width, self.height) < 1 or len(self.model_id) != MODEL_ID_BYTES:
-            raise ValueError(f"expected rate 1 to {RATE_POINTS}, a size of at least 1x1 and an 8-byte model id, got {self}")
+        if (
+            not 1 <= self.rate <= RATE_POINTS
+            or min(self.width, self.height) < 1
+            or len(self.model_id) != MODEL_ID_BYTES
+        ):
+            raise ValueError(
+                f"expected rate 1 to {RATE_POINTS}, a size of at least 1x1 and an 8-byte model id, got {self}"
+            )
         if len(self.degradations) > MAX_DEGRADATIONS:
             raise ValueError(f"expected at most {MAX_DEGRADATIONS} degradations, got {len(self.degradations)}")
         report = b"".join(bytes([d.kind, round(d.strength * 255)]) for d in self.degradations)
@@ -157,7 +163,9 @@ class Bitstream:
         outliers, payload = _LENGTHS.unpack_from(body, start)
         first = start + _LENGTHS.size
         if first + outliers + payload != len(body):
-            raise CorruptBitstream(f"the stream states {outliers} + {payload} bytes of content but holds {len(body) - first}")
+            raise CorruptBitstream(
+                f"the stream states {outliers} + {payload} bytes of content but holds {len(body) - first}"
+            )
         try:
             report = tuple(
                 Degradation(DegradationKind(body[at]), body[at + 1] / 255) for at in range(_HEAD.size, start, 2)

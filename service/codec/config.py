@@ -66,7 +66,9 @@ BASE = CodecConfig(
     features=192,
     context=384,
 )
-PAPER_S = CodecConfig("paper-s", stem=1, stages=(Stage(32, 2), Stage(64, 3), Stage(128, 3), Stage(256, 4), Stage(256, 0)))
+PAPER_S = CodecConfig(
+    "paper-s", stem=1, stages=(Stage(32, 2), Stage(64, 3), Stage(128, 3), Stage(256, 4), Stage(256, 0))
+)
 PAPER_L = CodecConfig(
     "paper-l", stem=1, stages=(Stage(48, 2), Stage(96, 3), Stage(192, 3), Stage(384, 4), Stage(288, 0)), group=48
 )

@@ -2,7 +2,7 @@
 
 Every value here is an integer, every partial sum stays below the carrier's exact range, and so no order of summation,
 batch size, thread count, device or library version can change a result. The same functions serve training: there the
-integers are derived from float parameters by straight-through rounding, so the network trains on its own final arithmetic.
+integers are derived from float parameters by straight-through rounding, so that training sees the final arithmetic.
 
 Activations are fixed point with `FRACTION` fractional bits unless a layer says otherwise, within +-`LIMIT`.
 """
@@ -81,7 +81,11 @@ class IntegerLayer:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> IntegerLayer:
         return IntegerLayer(
-            self.weight.to(device, dtype), self.bias.to(device, dtype), self.shift.to(device, dtype), self.low, self.high
+            self.weight.to(device, dtype),
+            self.bias.to(device, dtype),
+            self.shift.to(device, dtype),
+            self.low,
+            self.high,
         )
 
     def bound(self, limit: int) -> float:

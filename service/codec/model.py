@@ -112,6 +112,8 @@ class TrainableCodec(nn.Module):
             mean = torch.where(mask, first.mean, second.mean) / unit
             scale = level_to_scale(torch.where(mask, first.level, second.level))
             y_hat = straight_round(y - mean) + mean
-            y_seen, z_seen = (y + torch.rand_like(y) - 0.5, z + torch.rand_like(z) - 0.5) if self.training else (y_hat, z_hat)
+            y_seen, z_seen = (
+                (y + torch.rand_like(y) - 0.5, z + torch.rand_like(z) - 0.5) if self.training else (y_hat, z_hat)
+            )
             y_bits, z_bits = gaussian_bits(y_seen - mean, scale), self.z_prior(z_seen, rate)
         return CodecOutput(self.g_s(y_hat, rate), y_bits, z_bits)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,9 @@ class ExactPrior:
             self.context_rescale.to(device, torch.float32),
         )
 
-    def _run(self, kind: Callable[[Tensor, IntegerLayer, Tensor], Tensor], name: str, x: Tensor, rate: Tensor) -> Tensor:
+    def _run(
+        self, kind: Callable[[Tensor, IntegerLayer, Tensor], Tensor], name: str, x: Tensor, rate: Tensor
+    ) -> Tensor:
         layer = self.layers[name]
         return kind(x.to(layer.weight.dtype), layer, rate).to(torch.float32)
 
@@ -204,12 +207,15 @@ class PriorNet(nn.Module):
             add(f"{step}_mean", mean)
             add(f"{step}_level", level)
 
+    def layer(self, name: str) -> TrainableLayer:
+        return cast(TrainableLayer, self.layers[name])
+
     @torch.no_grad()
     def start_from(self, deviation: Tensor, gains: tuple[float, float]) -> None:
         """Set the typical deviations (N,), and the scale biases to what they and the latent gains imply."""
         self.deviation.copy_(deviation)
         for step in ("first", "second"):
-            level = self.layers[f"{step}_level"]
+            level = self.layer(f"{step}_level")
             for bias, gain in ((level.bias_low, gains[0]), (level.bias_high, gains[1])):
                 bias.copy_(scale_to_level(deviation * gain) / 2**SCALE_FRACTION)
 
@@ -218,7 +224,7 @@ class PriorNet(nn.Module):
         positions = torch.linspace(0, 1, RATE_POINTS, device=latent_gain.device)
         unit = (self.deviation * latent_gain).detach()
         return ExactPrior(
-            {name: layer.integers(positions) for name, layer in self.layers.items()},
+            {name: self.layer(name).integers(positions) for name in self.layers},
             Rescale.nearest(unit * 2.0 ** (MEAN_FRACTION - _NORMAL_MEAN_FRACTION), _MEAN_MANTISSA, MEAN_LIMIT),
             Rescale.nearest(2.0 ** (FRACTION - MEAN_FRACTION) / unit, _CONTEXT_MANTISSA, LIMIT),
         )

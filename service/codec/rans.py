@@ -9,8 +9,10 @@ What the guard does, and against what (version 1.2.8):
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,10 +35,13 @@ class CorruptPayload(ValueError):
     """The entropy-coded bytes cannot have come from this codec."""
 
 
-def _ans():  # type: ignore[no-untyped-def]
-    import compressai.ans  # here, because importing compressai takes seconds
+def _ans() -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates what compressai decorates
+        import compressai.ans  # here, because importing compressai takes seconds
 
-    return compressai.ans
+    module: ModuleType = compressai.ans
+    return module
 
 
 @dataclass(frozen=True)

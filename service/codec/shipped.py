@@ -24,7 +24,16 @@ from service.codec.config import RATE_POINTS, STRIDE, CodecConfig, Stage
 from service.codec.exact import IntegerLayer
 from service.codec.model import TrainableCodec
 from service.codec.prior import MEAN_FRACTION, ExactPrior, PriorOutput, Rescale, half_mask
-from service.codec.rans import SYMBOL_LIMIT, CorruptPayload, Decoder, Encoder, GuardedTables, Outliers, Symbols, concatenate
+from service.codec.rans import (
+    SYMBOL_LIMIT,
+    CorruptPayload,
+    Decoder,
+    Encoder,
+    GuardedTables,
+    Outliers,
+    Symbols,
+    concatenate,
+)
 from service.codec.tables import SKIPPED_LEVEL, Z_LIMIT, CdfTables, gaussian_tables, logistic_tables
 from service.codec.transforms import Analysis, HyperAnalysis, Synthesis
 
@@ -75,8 +84,10 @@ class ShippedCodec:
         device: torch.device,
     ) -> None:
         self.config, self.device = config, device
-        ready = [part.to(device, memory_format=torch.channels_last).eval().requires_grad_(False) for part in transforms]
-        self.g_a, self.g_s, self.h_a = ready
+        self.g_a, self.g_s, self.h_a = transforms
+        for part in transforms:
+            part.to(device).to(memory_format=torch.channels_last)
+            part.eval().requires_grad_(False)
         self.prior = prior.to(device)
         self.deviation = deviation.to(device)
         self.y_tables = GuardedTables(y_tables)
@@ -198,7 +209,9 @@ class ShippedCodec:
         h, w = 10, 7  # z is 3x2: both crops of the upsampled features are exercised
         rate = torch.arange(RATE_POINTS, device=self.device)
         z_hat = self._pattern(self.config.hyper, 3, 2, 23, 1) - 11
-        y_hat = (self._pattern(self.config.latents, h, w, 4001, 2) - 2000) * half_mask(self.config.latents, h, w, self.device)
+        y_hat = (self._pattern(self.config.latents, h, w, 4001, 2) - 2000) * half_mask(
+            self.config.latents, h, w, self.device
+        )
         features = self.prior.features(z_hat, rate, h, w)
         digest = hashlib.sha256()
         for output in (self.prior.first_pass(features, rate), self.prior.second_pass(features, y_hat, rate)):
@@ -230,7 +243,12 @@ class ShippedCodec:
             for name, part in zip(("g_a", "g_s", "h_a"), parts):
                 part.load_state_dict({key: value.float() for key, value in _below(tensors, name).items()})
             layers = {
-                name: IntegerLayer(*(tensors[f"prior.{name}.{key}"] for key in ("weight", "bias", "shift")), *clamp)
+                name: IntegerLayer(
+                    tensors[f"prior.{name}.weight"],
+                    tensors[f"prior.{name}.bias"],
+                    tensors[f"prior.{name}.shift"],
+                    *clamp,
+                )
                 for name, clamp in stated["clamps"].items()
             }
             mean, context = (
@@ -238,15 +256,18 @@ class ShippedCodec:
                 for name in ("mean", "context")
             )
             y_tables, z_tables = (
-                CdfTables(*(tensors[f"tables.{name}.{key}"].numpy() for key in ("cdf", "size", "offset"))) for name in "yz"
+                CdfTables(*(tensors[f"tables.{name}.{key}"].numpy() for key in ("cdf", "size", "offset")))
+                for name in "yz"
             )
-            return cls(config, parts, ExactPrior(layers, mean, context), tensors["deviation"], y_tables, z_tables, device)
+            return cls(
+                config, parts, ExactPrior(layers, mean, context), tensors["deviation"], y_tables, z_tables, device
+            )
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"expected the tensors of a shipped codec: {error}") from error
 
 
 def ship(model: TrainableCodec) -> tuple[dict[str, Tensor], str]:
-    """Freeze a trained model: float16 transforms, integer prior, integer tables, and a JSON description of its shape."""
+    """Freeze a trained model: float16 transforms, integer prior and tables, and a JSON description of its shape."""
     with torch.no_grad():
         prior = model.prior.exact(model.latent_gains())
         location, scale = model.z_prior.parameters_at(torch.arange(RATE_POINTS))

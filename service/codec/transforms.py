@@ -5,6 +5,8 @@ These run in any precision on any device. What must be exact (z_hat to mu and sc
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,6 +55,7 @@ class Resample(nn.Module):
     def __init__(self, inputs: int, outputs: int, factor: int, up: bool) -> None:
         super().__init__()
         self.factor, self.up = factor, up
+        self.conv: nn.Conv2d
         if factor == 1:
             self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
         elif up:
@@ -81,7 +84,7 @@ class Analysis(nn.Module):
         self.stem = Resample(3, config.stages[0].dim, config.stem, up=False)
         self.stacks = nn.ModuleList(BlockStack(stage, config) for stage in config.stages)
         self.downs = nn.ModuleList(
-            Resample(fine.dim, coarse.dim, 2, up=False) for fine, coarse in zip(config.stages, config.stages[1:])
+            Resample(fine.dim, coarse.dim, 2, up=False) for fine, coarse in pairwise(config.stages)
         )
         self.gain = RateGain(config.latents, *GAIN_ANCHORS)
 
@@ -100,9 +103,7 @@ class Synthesis(nn.Module):
         self.gain = RateGain(config.latents, *(1 / gain for gain in GAIN_ANCHORS))
         coarse_first = config.stages[::-1]
         self.stacks = nn.ModuleList(BlockStack(stage, config) for stage in coarse_first)
-        self.ups = nn.ModuleList(
-            Resample(coarse.dim, fine.dim, 2, up=True) for coarse, fine in zip(coarse_first, coarse_first[1:])
-        )
+        self.ups = nn.ModuleList(Resample(coarse.dim, fine.dim, 2, up=True) for coarse, fine in pairwise(coarse_first))
         self.head = Resample(config.stages[0].dim, 3, config.stem, up=True)
 
     def forward(self, y_hat: Tensor, rate: Tensor) -> Tensor:

@@ -28,8 +28,12 @@ DEFAULT_RATE = 4
 async def compress(
     request: Request,
     service: ServiceDependency,
-    rate: Annotated[int | None, Query(ge=1, le=RATE_POINTS, description="Rate point, 4 unless a budget is given.")] = None,
-    max_bytes: Annotated[int | None, Query(ge=1, description="Best rate point whose bitstream has at most so many bytes.")] = None,
+    rate: Annotated[
+        int | None, Query(ge=1, le=RATE_POINTS, description="Rate point, 4 unless a budget is given.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, Query(ge=1, description="Best rate point whose bitstream has at most so many bytes.")
+    ] = None,
     target_bpp: Annotated[float | None, Query(gt=0, le=64, description="The same in bits per pixel.")] = None,
     model: Annotated[str | None, Query(max_length=64, description="Name of a model, see /variants.")] = None,
 ) -> Response:

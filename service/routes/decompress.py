@@ -25,8 +25,12 @@ router = APIRouter()
 async def decompress(
     request: Request,
     service: ServiceDependency,
-    quality: Annotated[int | None, Query(ge=1, le=100, description="Only for image/jpeg, image/webp, image/avif.")] = None,
-    accept: Annotated[str | None, Header(description="image/png (default), image/jpeg, image/webp or image/avif.")] = None,
+    quality: Annotated[
+        int | None, Query(ge=1, le=100, description="Only for image/jpeg, image/webp, image/avif.")
+    ] = None,
+    accept: Annotated[
+        str | None, Header(description="image/png (default), image/jpeg, image/webp or image/avif.")
+    ] = None,
 ) -> Response:
     """Restore the clean photo, at exactly the size it was uploaded with."""
     ready = service.require()
