@@ -218,7 +218,7 @@ class Engine:
 
     def _padded(self, photo: Photo) -> Tensor:
         """(1, 3, H, W) in [0, 1] on the device, the last row and column repeated up to multiples of 16."""
-        x = torch.from_numpy(np.ascontiguousarray(photo)).to(self.device).permute(2, 0, 1)[None].float() / 255
+        x = torch.from_numpy(np.array(photo)).to(self.device).permute(2, 0, 1)[None].float() / 255
         return F.pad(x, (0, -x.shape[3] % STRIDE, 0, -x.shape[2] % STRIDE), mode="replicate")
 
     def _decode_group(self, model: Model, streams: list[Bitstream], times: StageTimes) -> list[Photo]:

@@ -26,11 +26,7 @@ def principal_components(vectors: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def warm_start(model: TrainableCodec, pool: PhotoPool, crops: int = 600, size: int = 160, seed: int = 1) -> None:
-    """Set the resampling layers of `model` and its entropy scales from random crops of `pool`.
-
-    Raises:
-        ValueError: a layer would have more outputs than inputs, so that no KLT fills it.
-    """
+    """Set the resampling layers of `model` and its entropy scales from random crops of `pool`."""
     if model.config.stem == 1:
         return
     generator = torch.Generator().manual_seed(seed)
@@ -40,11 +36,12 @@ def warm_start(model: TrainableCodec, pool: PhotoPool, crops: int = 600, size: i
         down, up = cast(Resample, down), cast(Resample, up)
         x = F.pixel_unshuffle(x, down.factor)
         inputs, outputs = down.conv.in_channels, down.conv.out_channels
-        if outputs > inputs:
-            raise ValueError(f"expected at most {inputs} outputs after {inputs} inputs, got {outputs}")
-        basis = principal_components(x.permute(0, 2, 3, 1).reshape(-1, inputs), outputs).float()
+        basis = torch.zeros(outputs, inputs)
+        components = principal_components(x.permute(0, 2, 3, 1).reshape(-1, inputs), outputs)
+        basis[: len(components)] = components.float()
         down.conv.weight.copy_(basis[:, :, None, None])
-        up.conv.weight.copy_(basis.T[:, :, None, None])
+        # Channels beyond the components are zero in g_a, for its blocks to fill; g_s keeps its random weights for them.
+        up.conv.weight[:, : len(components)] = basis[: len(components)].T[:, :, None, None].to(up.conv.weight.device)
         nn.init.zeros_(cast(Tensor, down.conv.bias))
         nn.init.zeros_(cast(Tensor, up.conv.bias))
         x = F.conv2d(x, basis[:, :, None, None])

@@ -44,10 +44,10 @@ class ContentAggregation(nn.Module):
     q and k are L2-normalised over space, so that the cost is linear in pixels and the product is a correlation.
     """
 
-    def __init__(self, dim: int, group: int) -> None:
+    def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.group = min(group, dim)
-        self.temperature = nn.Parameter(torch.ones(dim // self.group, 1, 1))
+        self.group = dim // heads
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = _pointwise(dim, 3 * dim)
         self.local = _depthwise(3 * dim, (3, 3))
         self.out = _output(dim, dim)
@@ -98,10 +98,10 @@ class GatedFeedForward(nn.Module):
 class HATB(nn.Module):
     """One hybrid-attention transformer block on (B, dim, H, W); the identity when fresh."""
 
-    def __init__(self, dim: int, group: int, ffn: float) -> None:
+    def __init__(self, dim: int, heads: int, ffn: float) -> None:
         super().__init__()
         self.norm1 = ChannelNorm(dim)
-        self.content = ContentAggregation(dim, group)
+        self.content = ContentAggregation(dim, heads)
         self.norm2 = ChannelNorm(dim)
         self.degradation = DegradationAttention(dim)
         self.norm3 = ChannelNorm(dim)

@@ -25,10 +25,11 @@ class CodecConfig:
 
     Attributes:
         name: the size's name, also written to the store.
-        stem: resolution step of the first layer: a pixel-unshuffle by this factor and a 1x1 convolution, or for 1 a
-            3x3 convolution.
+        stem: resolution step of the first layer: a pixel-unshuffle by this factor and a 1x1 convolution; for 1 a 3x3
+            convolution, and then the steps between stages are 3x3 convolutions with a pixel (un)shuffle behind them.
         stages: resolution stages of g_a, finest first; g_s mirrors them. The last one's width is the number of latents.
-        group: channels per attention group of C-GA.
+        group: channels per attention group of C-GA, or
+        heads: the number of its groups at every stage.
         ffn: hidden width of the gated FFN as a multiple of the stage's width.
         hyper: channels of z.
         features: channels of the hyper features that both passes of the prior see.
@@ -39,6 +40,7 @@ class CodecConfig:
     stem: int
     stages: tuple[Stage, ...]
     group: int = 32
+    heads: int | None = None
     ffn: float = 2.0
     hyper: int = 64
     features: int = 128
@@ -49,8 +51,12 @@ class CodecConfig:
         if stride != STRIDE:
             raise ValueError(f"{self.name}: stem and stages must step down by {STRIDE} in all, not by {stride}")
         for stage in self.stages:
-            if stage.dim % min(self.group, stage.dim):
-                raise ValueError(f"{self.name}: width {stage.dim} does not divide into groups of {self.group}")
+            if stage.dim % self.heads_of(stage.dim):
+                raise ValueError(f"{self.name}: width {stage.dim} does not divide into equal groups")
+
+    def heads_of(self, dim: int) -> int:
+        """Attention groups of a stage of width `dim`."""
+        return self.heads or -(-dim // self.group)
 
     @property
     def latents(self) -> int:
@@ -62,15 +68,25 @@ EDGE = CodecConfig("edge", stem=8, stages=(Stage(128, 3), Stage(192, 2)))
 BASE = CodecConfig(
     "base",
     stem=4,
-    stages=(Stage(96, 2), Stage(192, 5), Stage(256, 5)),
-    features=192,
-    context=384,
+    stages=(Stage(96, 5), Stage(192, 5), Stage(256, 2)),
+    features=160,
+    context=320,
 )
 PAPER_S = CodecConfig(
-    "paper-s", stem=1, stages=(Stage(32, 2), Stage(64, 3), Stage(128, 3), Stage(256, 4), Stage(256, 0))
+    "paper-s",
+    stem=1,
+    stages=(Stage(32, 2), Stage(64, 3), Stage(128, 3), Stage(256, 4), Stage(256, 0)),
+    heads=4,
+    ffn=2.66,
+    hyper=128,
 )
 PAPER_L = CodecConfig(
-    "paper-l", stem=1, stages=(Stage(48, 2), Stage(96, 3), Stage(192, 3), Stage(384, 4), Stage(288, 0)), group=48
+    "paper-l",
+    stem=1,
+    stages=(Stage(48, 2), Stage(96, 3), Stage(192, 3), Stage(384, 4), Stage(288, 0)),
+    heads=4,
+    ffn=2.66,
+    hyper=192,
 )
 
 CONFIGS = {config.name: config for config in (EDGE, BASE, PAPER_S, PAPER_L)}

@@ -43,33 +43,39 @@ class BlockStack(nn.Module):
     def __init__(self, stage: Stage, config: CodecConfig) -> None:
         super().__init__()
         self.gain = RateGain(stage.dim)
-        self.blocks = nn.Sequential(*(HATB(stage.dim, config.group, config.ffn) for _ in range(stage.blocks)))
+        self.blocks = nn.Sequential(
+            *(HATB(stage.dim, config.heads_of(stage.dim), config.ffn) for _ in range(stage.blocks))
+        )
 
     def forward(self, x: Tensor, rate: Tensor) -> Tensor:
         return self.blocks((x * self.gain(rate)).contiguous(memory_format=torch.channels_last))
 
 
 class Resample(nn.Module):
-    """A pixel (un)shuffle with a 1x1 convolution, always in float32: the residual stream and the pixels need it."""
+    """A pixel (un)shuffle with a convolution, always in float32: the residual stream and the pixels need it.
 
-    def __init__(self, inputs: int, outputs: int, factor: int, up: bool) -> None:
+    The convolution is 1x1 on the coarse side, or with `overlap` 3x3 on the side that it comes from.
+    """
+
+    def __init__(self, inputs: int, outputs: int, factor: int, up: bool, overlap: bool = False) -> None:
         super().__init__()
-        self.factor, self.up = factor, up
-        self.conv: nn.Conv2d
-        if factor == 1:
-            self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
-        elif up:
-            self.conv = nn.Conv2d(inputs, outputs * factor**2, 1)
+        self.factor, self.up, self.overlap = factor, up, overlap
+        kernel = 3 if overlap else 1
+        if not up and overlap:
+            outputs //= factor**2
+        elif not up:
+            inputs *= factor**2
         else:
-            self.conv = nn.Conv2d(inputs * factor**2, outputs, 1)
+            outputs *= factor**2
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            if self.factor == 1:
-                return self.conv(x)
             if self.up:
                 return F.pixel_shuffle(self.conv(x), self.factor)
+            if self.overlap:
+                return F.pixel_unshuffle(self.conv(x), self.factor)
             return self.conv(F.pixel_unshuffle(x, self.factor))
 
 
@@ -81,10 +87,11 @@ class Analysis(nn.Module):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        self.stem = Resample(3, config.stages[0].dim, config.stem, up=False)
+        overlap = config.stem == 1
+        self.stem = Resample(3, config.stages[0].dim, config.stem, up=False, overlap=overlap)
         self.stacks = nn.ModuleList(BlockStack(stage, config) for stage in config.stages)
         self.downs = nn.ModuleList(
-            Resample(fine.dim, coarse.dim, 2, up=False) for fine, coarse in pairwise(config.stages)
+            Resample(fine.dim, coarse.dim, 2, up=False, overlap=overlap) for fine, coarse in pairwise(config.stages)
         )
         self.gain = RateGain(config.latents, *GAIN_ANCHORS)
 
@@ -101,10 +108,13 @@ class Synthesis(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.gain = RateGain(config.latents, *(1 / gain for gain in GAIN_ANCHORS))
+        overlap = config.stem == 1
         coarse_first = config.stages[::-1]
         self.stacks = nn.ModuleList(BlockStack(stage, config) for stage in coarse_first)
-        self.ups = nn.ModuleList(Resample(coarse.dim, fine.dim, 2, up=True) for coarse, fine in pairwise(coarse_first))
-        self.head = Resample(config.stages[0].dim, 3, config.stem, up=True)
+        self.ups = nn.ModuleList(
+            Resample(coarse.dim, fine.dim, 2, up=True, overlap=overlap) for coarse, fine in pairwise(coarse_first)
+        )
+        self.head = Resample(config.stages[0].dim, 3, config.stem, up=True, overlap=overlap)
 
     def forward(self, y_hat: Tensor, rate: Tensor) -> Tensor:
         x = self.stacks[0](y_hat * self.gain(rate), rate)

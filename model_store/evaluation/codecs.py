@@ -1,0 +1,68 @@
+"""What is measured with: one of the store's models, and the peers JPEG, WebP and AVIF. All give real file bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from model_store.evaluation.conditions import Photo, Sample
+from service.codec.bitstream import Bitstream
+from service.codec.device import pick_device, transform_precision
+from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride
+
+PEERS: dict[str, tuple[int, ...]] = {
+    "JPEG": (10, 20, 35, 50, 65, 80, 90),
+    "WEBP": (1, 10, 30, 50, 70, 85),
+    "AVIF": (15, 25, 35, 45, 55, 65, 75),
+}
+
+
+class LimpidCodec:
+    """A model of the store, run as the service runs it: same precision, same container, one photo at a time."""
+
+    def __init__(self, store: Path, name: str | None = None, device: str = "auto") -> None:
+        index = json.loads((store / "store.json").read_text())
+        name = name or index["default"]
+        (self.entry,) = [entry for entry in index["models"] if entry["name"] == name]
+        self.device = pick_device(device)
+        self.autocast = transform_precision(self.device) == "bfloat16"
+        path = store / self.entry["file"]
+        with safe_open(path, framework="pt") as opened:
+            description = opened.metadata()["limpid"]
+        self.codec = ShippedCodec.from_tensors(load_file(path), description, self.device)
+
+    def points(self, sample: Sample) -> Iterator[tuple[int, int, Photo]]:
+        """(rate point, bytes of the `.lmp` file, restored photo) for every rate point of the sample's condition."""
+        height, width = sample.degraded.shape[:2]
+        x = pad_to_stride(torch.from_numpy(sample.degraded.copy()).to(self.device).permute(2, 0, 1)[None].float() / 255)
+        size = latent_size(height, width)
+        for point in sample.condition.rates:
+            rate = torch.tensor([point - 1], device=self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                y, z_hat = self.codec.analyse(x, rate)
+            coded = self.codec.write(self.codec.symbols_of(y, z_hat, rate)[0])
+            model_id = bytes.fromhex(self.entry["sha256"])[:8]
+            stream = Bitstream(model_id, point, width, height, (), coded.outliers, coded.payload)
+            y_hat = self.codec.read([coded], rate, *size)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                x_hat = self.codec.synthesise(y_hat, rate)
+            photo = (x_hat[0, :, :height, :width] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            yield point, len(stream.to_bytes()), photo
+
+
+def peer_points(format: str, sample: Sample) -> Iterator[tuple[int, int, Photo]]:
+    """(quality, bytes, decoded photo) of a peer on the degraded photo, its chroma at half resolution as by default."""
+    options = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}, "AVIF": {"speed": 6, "subsampling": "4:2:0"}}[format]
+    for quality in PEERS[format]:
+        buffer = io.BytesIO()
+        Image.fromarray(sample.degraded).save(buffer, format, quality=quality, **options)
+        with Image.open(buffer) as image:
+            yield quality, len(buffer.getvalue()), np.asarray(image.convert("RGB"))

@@ -1,0 +1,94 @@
+"""What is measured: sets of photos, and what is done to them before any codec sees them. All seeds are fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from model_store.degradations import EVALUATION, Kind, degrade
+
+Photo = NDArray[np.uint8]
+
+SIGMAS = (15, 25, 50)
+WEATHER = (Kind.RAIN, Kind.SNOW, Kind.HAZE, Kind.LOW_LIGHT)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A degradation and the rate points at which it is measured. `name` is `clean`, `noise-25`, `rain` and so on."""
+
+    name: str
+    rates: tuple[int, ...]
+
+
+ALL_RATES = tuple(range(1, 9))
+EVEN_RATES = (2, 4, 6, 8)
+
+SETS: dict[str, tuple[Condition, ...]] = {
+    "kodak": (
+        Condition("clean", ALL_RATES),
+        Condition("noise-15", ALL_RATES),
+        Condition("noise-25", ALL_RATES),
+        Condition("noise-50", ALL_RATES),
+        *(Condition(kind.value, EVEN_RATES) for kind in WEATHER),
+    ),
+    "cbsd68": (
+        Condition("clean", ALL_RATES),
+        Condition("noise-15", EVEN_RATES),
+        Condition("noise-25", ALL_RATES),
+        Condition("noise-50", EVEN_RATES),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One photo under one condition: `degraded` is what a codec gets, `clean` what its output is compared with."""
+
+    photo: str
+    condition: Condition
+    clean: Photo
+    degraded: Photo
+
+
+def degraded_photo(clean: Photo, index: int, condition: str) -> Photo:
+    """Degrade the photo at `index` of its sorted set.
+
+    Noise is numpy's, `default_rng(1234 + index)`, in 8-bit units; the rest is the project's generator with the ranges of
+    evaluation, seeded with 5678 + index.
+    """
+    if condition == "clean":
+        return clean
+    if condition.startswith("noise-"):
+        noise = np.random.default_rng(1234 + index).normal(0, int(condition[6:]), clean.shape)
+        return np.clip(np.rint(clean + noise), 0, 255).astype(np.uint8)
+    x = torch.from_numpy(clean.copy()).permute(2, 0, 1)[None].float() / 255
+    out = degrade(x, [(Kind(condition),)], torch.Generator().manual_seed(5678 + index), EVALUATION)
+    return (out[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+
+
+def samples(root: Path, name: str, limit: int | None = None) -> Iterator[Sample]:
+    """Every photo of a set under every condition of it.
+
+    Raises:
+        ValueError: the set is not below root.
+    """
+    paths = sorted((root / name).glob("*.png"))[:limit]
+    if not paths:
+        raise ValueError(f"expected PNG photos in {root / name}")
+    for index, path in enumerate(paths):
+        with Image.open(path) as image:
+            clean = np.asarray(image.convert("RGB"))
+        for condition in SETS[name]:
+            yield Sample(path.stem, condition, clean, degraded_photo(clean, index, condition.name))
+
+
+def psnr(a: Photo, b: Photo) -> float:
+    """PSNR in RGB, dB."""
+    return float(10 * np.log10(255**2 / max(1e-9, np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))))

@@ -1,0 +1,96 @@
+"""`service.codec.rans`: what goes in comes out, and no bytes can break the decoder."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.codec.rans import SYMBOL_LIMIT, CorruptPayload, Decoder, Encoder, GuardedTables, Outliers, concatenate
+from service.codec.tables import SCALE_LEVELS, gaussian_tables, logistic_tables
+
+TABLES = GuardedTables(gaussian_tables())
+
+
+def sample(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    levels = rng.integers(1, SCALE_LEVELS, count).astype(np.int32)
+    scale = 0.11 * np.exp(0.123 * levels)
+    return TABLES.clip(np.rint(rng.normal(0, scale)).astype(np.int32), levels), levels
+
+
+@given(seed=st.integers(0, 10**6), first=st.integers(4, 300), second=st.integers(0, 300))
+@settings(max_examples=40, deadline=None)
+def test_groups_come_back_in_order(seed: int, first: int, second: int) -> None:
+    groups = [sample(first, seed), sample(second, seed + 1)]
+    encoder = Encoder()
+    for symbols, levels in groups:
+        encoder.add(symbols, levels, TABLES)
+    decoder = Decoder(encoder.finish(), first + second)
+    for symbols, levels in groups:
+        assert np.array_equal(decoder.take(levels, TABLES), symbols)
+
+
+@given(payload=st.binary(max_size=200), seed=st.integers(0, 1000))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_decode_to_symbols_inside_their_tables(payload: bytes, seed: int) -> None:
+    _, levels = sample(500, seed)
+    symbols = Decoder(payload, 500).take(levels, TABLES)
+    assert np.array_equal(TABLES.clip(symbols, levels), symbols)
+
+
+def test_rate_is_within_half_a_percent_of_the_entropy() -> None:
+    symbols, levels = sample(50_000, 3)
+    encoder = Encoder()
+    encoder.add(symbols, levels, TABLES)
+    tables = TABLES.tables
+    at = symbols - tables.offset[levels]
+    frequency = tables.cdf[levels, at + 1] - tables.cdf[levels, at]
+    ideal = float(-np.log2(frequency / 65536).sum())
+    assert 8 * len(encoder.finish()) < 1.005 * ideal + 64
+
+
+def test_the_guard_refuses_what_the_coder_would_crash_on() -> None:
+    with pytest.raises(ValueError, match="at least 4 symbols"):
+        Encoder().add(np.zeros(1, np.int32), np.ones(1, np.int32), TABLES)
+    with pytest.raises(ValueError, match="inside its table"):
+        Encoder().add(np.full(8, 9000, np.int32), np.ones(8, np.int32), TABLES)
+    with pytest.raises(ValueError, match="no more symbols"):
+        Decoder(b"", 3).take(np.ones(4, np.int32), TABLES)
+
+
+@given(
+    values=st.dictionaries(st.integers(0, 10**6), st.integers(-SYMBOL_LIMIT, SYMBOL_LIMIT).filter(bool), max_size=40),
+)
+def test_outliers_round_trip(values: dict[int, int]) -> None:
+    positions = sorted(values)
+    outliers = Outliers(np.array(positions, np.int64), np.array([values[p] for p in positions], np.int64))
+    back = Outliers.from_bytes(outliers.to_bytes())
+    assert back.position.tolist() == positions
+    assert back.excess.tolist() == outliers.excess.tolist()
+
+
+@given(data=st.binary(max_size=60))
+def test_any_outlier_bytes_are_a_list_or_an_error(data: bytes) -> None:
+    try:
+        outliers = Outliers.from_bytes(data)
+    except CorruptPayload:
+        return
+    assert (np.diff(outliers.position) > 0).all()
+    assert (np.abs(outliers.excess) <= 2 * SYMBOL_LIMIT).all()
+
+
+def test_clipped_symbols_are_restored_across_groups() -> None:
+    symbols = [np.array([0, 500, 0, -900], np.int32), np.array([77, 0], np.int32)]
+    clipped = [np.clip(group, -10, 10) for group in symbols]
+    listed = concatenate([Outliers.between(a, b) for a, b in zip(symbols, clipped)], [0, 4])
+    listed = Outliers.from_bytes(listed.to_bytes())
+    assert listed.within(0, 4).apply(clipped[0]).tolist() == symbols[0].tolist()
+    assert listed.within(4, 2).apply(clipped[1]).tolist() == symbols[1].tolist()
+
+
+def test_tables_sum_to_one_and_leave_no_symbol_without_mass() -> None:
+    for tables in (gaussian_tables(), logistic_tables(np.array([0.0, 80.0, -3.5]), np.array([0.05, 1.0, 50.0]))):
+        for row, size in zip(tables.cdf, tables.size):
+            assert row[0] == 0
+            assert row[size - 1] == 65536
+            assert (np.diff(row[:size]) >= 1).all()

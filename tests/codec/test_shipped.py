@@ -1,0 +1,109 @@
+"""`service.codec.shipped`: the exact path over batches, threads and rate points, and streams of yesterday."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from service.codec.bitstream import Bitstream, CorruptBitstream
+from service.codec.config import RATE_POINTS
+from service.codec.shipped import Coded, LatentSymbols, ShippedCodec, latent_size
+from service.engine import Engine, Photo
+from tests.conftest import DATA, noisy
+
+GOLDEN = DATA / "golden"
+
+
+def batch_of(photos: list[Photo]) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(photo.copy()).permute(2, 0, 1).float() / 255 for photo in photos])
+
+
+def encode(codec: ShippedCodec, x: torch.Tensor, rate: torch.Tensor) -> list[LatentSymbols]:
+    with torch.autocast("cpu", torch.bfloat16):
+        y, z_hat = codec.analyse(x, rate)
+    return codec.symbols_of(y, z_hat, rate)
+
+
+def same(a: LatentSymbols, b: LatentSymbols) -> bool:
+    return np.array_equal(a.z, b.z) and all(
+        np.array_equal(x, y) for one, two in zip(a.passes, b.passes) for x, y in zip(one, two)
+    )
+
+
+@pytest.mark.parametrize("rate_point", range(RATE_POINTS))
+def test_latents_survive_every_mix_of_batch_and_threads(codec: ShippedCodec, parrots: Photo, rate_point: int) -> None:
+    """Encoded alone or as one of eight, with one or two threads: decoded in every other way, they are the same."""
+    photo = noisy(parrots)[:128, :160]
+    crowd = [photo, *(noisy(np.roll(photo, 17 * k, 1), 10 * k, k) for k in range(1, 8))]
+    others = torch.tensor([rate_point, *((rate_point + k) % RATE_POINTS for k in range(1, 8))])
+    alone = torch.tensor([rate_point])
+    h, w = latent_size(128, 160)
+    before = torch.get_num_threads()
+    try:
+        for encode_threads in (1, 2):
+            torch.set_num_threads(encode_threads)
+            single = encode(codec, batch_of([photo]), alone)[0]
+            eight = encode(codec, batch_of(crowd), others)
+            neighbours = [codec.write(one) for one in eight[1:]]
+            for latents in (single, eight[0]):
+                coded = codec.write(latents)
+                decoded = []
+                for decode_threads in (1, 2):
+                    torch.set_num_threads(decode_threads)
+                    decoded.append(codec.read([coded], alone, h, w)[0])
+                    decoded.append(codec.read([coded, *neighbours], others, h, w)[0])
+                for y_hat in decoded:
+                    assert torch.equal(y_hat, decoded[0])
+                # What was decoded is what the encoder meant: quantising it again gives the encoder's own symbols.
+                z_hat = torch.from_numpy(latents.z).float().reshape(1, codec.config.hyper, -(-h // 4), -(-w // 4))
+                assert same(codec.symbols_of(decoded[0][None], z_hat, alone)[0], latents)
+                torch.set_num_threads(encode_threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_known_answer_is_the_stored_one_with_any_thread_count(engine: Engine, threads: int) -> None:
+    for model in engine.models.values():
+        assert model.codec.known_answer() == model.entry.known_answer
+
+
+def test_every_layer_has_a_carrier_that_is_exact_for_it(codec: ShippedCodec) -> None:
+    for layer in codec.prior.layers.values():
+        assert layer.weight.dtype in (torch.float32, torch.float64)
+        assert torch.equal(layer.weight, layer.weight.round())
+        assert torch.equal(layer.bias, layer.bias.round())
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.lmp")), ids=lambda path: path.stem)
+def test_golden_bitstreams_decode_to_the_same_latents_forever(engine: Engine, path) -> None:  # type: ignore[no-untyped-def]
+    stream = Bitstream.from_bytes(path.read_bytes())
+    codec = engine.model_of(stream).codec
+    h, w = latent_size(stream.height, stream.width)
+    y_hat = codec.read([Coded(stream.payload, stream.outliers)], torch.tensor([stream.rate - 1]), h, w)
+    sixteenths = (y_hat * 16).to(torch.int32).numpy().astype("<i4").tobytes()
+    expected = json.loads((GOLDEN / "digests.json").read_text())[path.name]
+    assert hashlib.sha256(sixteenths).hexdigest() == expected
+
+
+def test_there_are_golden_bitstreams_of_every_model(engine: Engine) -> None:
+    held = {Bitstream.from_bytes(path.read_bytes()).model_id for path in GOLDEN.glob("*.lmp")}
+    assert {model.entry.model_id for model in engine.models.values()} <= held
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_forged_payload_decodes_to_some_picture_or_a_clear_error(engine: Engine, parrots: Photo, seed: int) -> None:
+    """The checksum is right, the content is not: whatever it is, nothing crashes."""
+    rng = np.random.default_rng(seed)
+    payload = rng.integers(0, 256, int(rng.integers(0, 3000)), np.uint8).tobytes()
+    outliers = rng.integers(0, 256, int(rng.integers(0, 12)), np.uint8).tobytes()
+    width, height = (int(v) for v in rng.integers(1, 200, 2))
+    stream = Bitstream(engine.default.entry.model_id, seed % 8 + 1, width, height, (), outliers, payload)
+    try:
+        (photo,) = engine.decode([Bitstream.from_bytes(stream.to_bytes())])
+    except CorruptBitstream:
+        return
+    assert photo.shape == (height, width, 3)

@@ -1,0 +1,83 @@
+"""`model_store.degradations`: every kind harms, none breaks, and the same seed harms alike."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from model_store.degradations import (
+    EVALUATION,
+    MAKERS,
+    TRAINING,
+    Kind,
+    Ranges,
+    degrade,
+    to_linear,
+    to_srgb,
+)
+from service.engine import Photo
+
+
+def clean(parrots: Photo, count: int = 4) -> torch.Tensor:
+    x = torch.from_numpy(parrots.copy()).permute(2, 0, 1).float() / 255
+    return torch.stack([x.roll(50 * k, 2)[:, :160, :176] for k in range(count)])
+
+
+@pytest.mark.parametrize("kind", list(MAKERS))
+@pytest.mark.parametrize("ranges", [TRAINING, EVALUATION])
+def test_every_kind_harms_and_stays_an_8_bit_photo(parrots: Photo, kind: Kind, ranges: Ranges) -> None:
+    x = clean(parrots)
+    out = degrade(x, [(kind,)] * 4, torch.Generator().manual_seed(1), ranges)
+    assert out.shape == x.shape
+    assert float(out.min()) >= 0
+    assert float(out.max()) <= 1
+    assert torch.allclose(out * 255, (out * 255).round(), atol=1e-3)
+    error = (out - x).square().mean((1, 2, 3))
+    assert float(error.min()) > 1e-5
+    assert float(error.max()) < 0.5
+
+
+def test_photos_get_their_own_kinds_and_clean_ones_none(parrots: Photo) -> None:
+    x = clean(parrots)
+    kinds = [(Kind.CLEAN,), (Kind.RAIN,), (), (Kind.HAZE, Kind.JPEG)]
+    out = degrade(x, kinds, torch.Generator().manual_seed(2), TRAINING)
+    assert torch.equal(out[0], x[0])
+    assert torch.equal(out[2], x[2])
+    assert not torch.equal(out[1], x[1])
+    assert not torch.equal(out[3], x[3])
+
+
+def test_the_same_seed_gives_the_same_harm(parrots: Photo) -> None:
+    x = clean(parrots)
+    kinds = [(kind,) for kind in list(MAKERS)[:4]]
+    one, two = (degrade(x, kinds, torch.Generator().manual_seed(3), TRAINING) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, degrade(x, kinds, torch.Generator().manual_seed(4), TRAINING))
+
+
+def test_srgb_and_linear_light_are_inverse() -> None:
+    x = torch.linspace(0, 1, 256)
+    assert torch.allclose(to_srgb(to_linear(x)), x, atol=1e-5)
+    assert float(to_linear(torch.tensor(0.5))) == pytest.approx(0.21404, abs=1e-4)
+
+
+def test_noise_has_the_deviation_it_says() -> None:
+    x = torch.full((1, 3, 128, 128), 0.5)
+    sigma = 25 / 255
+    out = degrade(x, [(Kind.NOISE,)], torch.Generator().manual_seed(5), Ranges(noise=(sigma, sigma)))
+    assert float(out.std()) == pytest.approx(sigma, rel=0.03)
+
+
+def test_jpeg_loses_what_libjpeg_loses(parrots: Photo) -> None:
+    """Our JPEG at a quality is within 1 dB of the real one."""
+    from service.imaging import read_photo
+    from tests.conftest import image_bytes, psnr
+
+    for quality in (15, 40, 75):
+        ranges = Ranges(jpeg_quality=(quality, quality))
+        x = torch.from_numpy(parrots.copy()).permute(2, 0, 1)[None].float() / 255
+        ours = degrade(x, [(Kind.JPEG,)], torch.Generator().manual_seed(6), ranges)
+        pixels = (ours[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        real = read_photo(image_bytes(parrots, "JPEG", quality=quality), 10**6)
+        assert psnr(np.asarray(pixels), parrots) == pytest.approx(psnr(real, parrots), abs=1.0)

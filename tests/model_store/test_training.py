@@ -1,0 +1,139 @@
+"""`model_store.training`: a run starts warm, resumes without losing a step, and exports what the service loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from model_store.training import loop
+from model_store.training.export import export
+from model_store.training.loop import Schedule, train
+from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
+from model_store.training.photos import PhotoPool
+from model_store.training.warm_start import warm_start
+from service.codec.config import CONFIGS
+from service.codec.model import TrainableCodec
+from service.engine import EncodeJob, Engine, Photo
+from service.store import ModelStore
+from tests.codec.test_model import TINY
+from tests.conftest import DATA
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos" / "nested"
+    folder.mkdir(parents=True)
+    for name in ("parrots", "bikes"):
+        with Image.open(DATA / f"{name}.png") as image:
+            image.save(folder / f"{name}.png")
+    return folder.parent
+
+
+def test_a_warm_start_is_a_working_transform_coder(photos: Path, parrots: Photo) -> None:
+    model = TrainableCodec(CONFIGS["edge"]).eval()
+    warm_start(model, PhotoPool(photos, 128, CPU), crops=20, size=128)
+    x = torch.from_numpy(parrots.copy()).permute(2, 0, 1)[None].float() / 255
+    quality = []
+    for rate in (0, 4, 7):
+        with torch.inference_mode():
+            out = model(x, torch.tensor([rate]))
+        quality.append(float(-10 * (out.x_hat - x).square().mean().log10()))
+    assert quality == sorted(quality)
+    assert quality[-1] > 30
+
+
+def test_a_stem_with_more_outputs_than_inputs_starts_warm_too(photos: Path, parrots: Photo) -> None:
+    model = TrainableCodec(CONFIGS["base"]).eval()
+    warm_start(model, PhotoPool(photos, 128, CPU), crops=12, size=128)
+    x = torch.from_numpy(parrots.copy()).permute(2, 0, 1)[None].float() / 255
+    with torch.inference_mode():
+        out = model(x, torch.tensor([7]))
+    assert float(-10 * (out.x_hat - x).square().mean().log10()) > 30
+
+
+def run(photos: Path, folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch, crash_at: int | None = None) -> Path:
+    """Train for a number of steps: every step is made to take a second of the schedule's time."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    if crash_at is not None:
+        calls = iter(range(10**6))
+        original = loop.balanced_distortion
+
+        def failing(mse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            if next(calls) == crash_at:
+                raise KeyboardInterrupt
+            return original(mse, weight)
+
+        monkeypatch.setattr(loop, "balanced_distortion", failing)
+    schedule = Schedule(minutes=steps / 60, lr=1e-3, prior_lr=1e-3, steady=0.5)
+    try:
+        return train(
+            photos=photos, run=folder, size="tiny", schedule=schedule, batch=2, crop=64, seed=1, device="cpu",
+            compile_blocks=False,
+        )  # fmt: skip
+    finally:
+        monkeypatch.undo()
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    straight = torch.load(run(photos, tmp_path / "a", 16, monkeypatch), weights_only=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "b", 16, monkeypatch, crash_at=3)
+    killed = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)
+    assert killed["step"] == 3
+    resumed = torch.load(run(photos, tmp_path / "b", 16, monkeypatch), weights_only=True)
+    assert resumed["step"] == straight["step"]
+    for name, value in straight["ema"].items():
+        assert torch.allclose(value, resumed["ema"][name], atol=1e-6), name
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert {"step", "seconds", "lr", "loss", "bpp", "psnr"} <= lines[0].keys()
+
+
+def test_an_exported_run_is_a_model_that_the_service_loads(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo
+) -> None:
+    checkpoint = run(photos, tmp_path / "run", 4, monkeypatch)
+    monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    store = tmp_path / "store"
+    store.mkdir()
+    export(checkpoint, "tiny-1", store)
+    engine = Engine(ModelStore(store), "cpu")
+    assert engine.default.entry.name == "tiny-1"
+    (back,) = engine.decode(engine.encode([EncodeJob(bikes, 4)]))
+    assert back.shape == bikes.shape
+    with pytest.raises(ValueError, match="does not have yet"):
+        export(checkpoint, "tiny-1", store)
+
+
+def test_balanced_distortion_is_mse_below_tau_and_smooth_at_it() -> None:
+    weight = torch.tensor([1000.0])
+    tau = 1.5 / 1000
+    assert float(balanced_distortion(torch.tensor([tau / 3]), weight)) == pytest.approx(tau / 3)
+    below, above = (float(balanced_distortion(torch.tensor([tau * f]), weight)) for f in (0.999, 1.001))
+    assert (above - below) / (0.002 * tau) == pytest.approx(1, abs=0.01)
+    assert float(balanced_distortion(torch.tensor([100 * tau]), weight)) < 6 * tau
+
+
+def test_lambdas_are_log_spaced_over_the_rate_points() -> None:
+    weights = rate_lambda(torch.arange(8))
+    assert float(weights[0]) == pytest.approx(LAMBDA_RANGE[0])
+    assert float(weights[-1]) == pytest.approx(LAMBDA_RANGE[1], rel=1e-4)
+    ratios = weights[1:] / weights[:-1]
+    assert float(ratios.std()) < 1e-3
+
+
+def test_a_folder_without_photos_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="found none"):
+        PhotoPool(tmp_path, 160, CPU)

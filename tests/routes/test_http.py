@@ -1,0 +1,292 @@
+"""The HTTP surface: the calls, their headers, and a clear problem for everything that can be wrong with a request."""
+
+from __future__ import annotations
+
+import gc
+import json
+import struct
+
+import google_crc32c
+import numpy as np
+import psutil
+import pytest
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.codec.bitstream import MEDIA_TYPE, Bitstream
+from service.engine import Photo
+from service.imaging import read_photo
+from service.settings import Settings
+from tests.conftest import image_bytes, noisy, psnr
+from tests.test_imaging import bomb
+
+
+@pytest.fixture(scope="module")
+def stream(client: TestClient, bikes: Photo) -> bytes:
+    return client.post("/compress", content=image_bytes(noisy(bikes)), params={"rate": 3}).content
+
+
+def sealed(body: bytes) -> bytes:
+    return body + struct.pack("<I", google_crc32c.value(body))
+
+
+def problem(response, status: int, slug: str) -> str:  # type: ignore[no-untyped-def]
+    """Check a problem's form and return its detail."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert body["type"] == f"urn:limpid:problem:{slug}"
+    assert body["status"] == status
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert body["title"]
+    return str(body["detail"])
+
+
+def test_a_noisy_photo_comes_back_clean(client: TestClient, parrots: Photo) -> None:
+    degraded = noisy(parrots)
+    sent = client.post("/compress", files={"file": ("a.png", image_bytes(degraded), "image/png")}, params={"rate": 4})
+    assert sent.status_code == 200
+    assert sent.headers["content-type"] == MEDIA_TYPE
+    assert sent.headers["limpid-rate"] == "4"
+    assert float(sent.headers["limpid-bpp"]) == pytest.approx(8 * len(sent.content) / parrots[..., 0].size, abs=1e-3)
+    assert sent.headers["limpid-model"]
+    assert sent.headers["limpid-degradation"]
+    assert {"image_decode", "queue", "transform", "entropy"} <= timings(sent.headers["server-timing"]).keys()
+    back = client.post("/decompress", content=sent.content)
+    assert back.status_code == 200
+    assert back.headers["content-type"] == "image/png"
+    assert {"queue", "transform", "entropy", "image_encode"} <= timings(back.headers["server-timing"]).keys()
+    photo = read_photo(back.content, 10**6)
+    assert photo.shape == parrots.shape
+    assert psnr(photo, parrots) > psnr(degraded, parrots) + 3
+
+
+def timings(header: str) -> dict[str, float]:
+    parts = (part.strip().split(";dur=") for part in header.split(","))
+    return {name: float(value) for name, value in parts}
+
+
+def test_raw_and_multipart_bodies_give_the_same_stream(client: TestClient, bikes: Photo) -> None:
+    data = image_bytes(bikes)
+    raw = client.post("/compress", content=data, headers={"Content-Type": "image/png"})
+    untyped = client.post("/compress", content=data, headers={"Content-Type": "application/x-www-form-urlencoded"})
+    form = client.post("/compress", files={"file": data})
+    assert raw.content == untyped.content == form.content
+    assert raw.headers["limpid-rate"] == "4"
+    assert client.post("/decompress", files={"file": raw.content}).status_code == 200
+
+
+def test_a_budget_is_used_and_never_exceeded(client: TestClient, bikes: Photo) -> None:
+    data = image_bytes(bikes)
+    sizes = {rate: len(client.post("/compress", content=data, params={"rate": rate}).content) for rate in range(1, 9)}
+    for rate in (1, 4, 8):
+        answer = client.post("/compress", content=data, params={"max_bytes": sizes[rate]})
+        assert answer.headers["limpid-rate"] == str(rate)
+        assert len(answer.content) <= sizes[rate]
+    bpp = 8 * (sizes[5] + 3) / bikes[..., 0].size
+    assert client.post("/compress", content=data, params={"target_bpp": bpp}).headers["limpid-rate"] == "5"
+    detail = problem(client.post("/compress", content=data, params={"max_bytes": 50}), 422, "unmeetable-budget")
+    assert f"at least {sizes[1]} bytes" in detail
+
+
+@pytest.mark.parametrize("media_type", ["image/png", "image/jpeg", "image/webp", "image/avif"])
+def test_accept_chooses_the_format(client: TestClient, stream: bytes, media_type: str) -> None:
+    answer = client.post("/decompress", content=stream, headers={"Accept": media_type})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == media_type
+    assert read_photo(answer.content, 10**6).shape == (160, 192, 3)
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("*/*", "image/png"),
+        ("", "image/png"),
+        ("image/*", "image/png"),
+        ("text/html, image/avif;q=0.9, */*;q=0.1", "image/avif"),
+        ("image/webp;q=0.4, image/jpeg;q=0.5", "image/jpeg"),
+        ("image/png;q=0, */*", "image/jpeg"),
+    ],
+)
+def test_accept_is_weighed(client: TestClient, stream: bytes, accept: str, expected: str) -> None:
+    answer = client.post("/decompress", content=stream, headers={"Accept": accept})
+    assert answer.headers["content-type"] == expected
+
+
+def test_accept_and_quality_that_cannot_be_met(client: TestClient, stream: bytes) -> None:
+    problem(client.post("/decompress", content=stream, headers={"Accept": "text/html"}), 406, "not-acceptable")
+    problem(client.post("/decompress", content=stream, headers={"Accept": "image/png;q=x"}), 400, "malformed-request")
+    problem(client.post("/decompress?quality=50", content=stream), 400, "malformed-request")
+    small, large = (
+        client.post(
+            "/decompress", content=stream, headers={"Accept": "image/jpeg"}, params={"quality": quality}
+        ).content
+        for quality in (20, 95)
+    )
+    assert len(small) < len(large)
+
+
+@pytest.mark.parametrize(
+    ("query", "part"),
+    [
+        ("rate=0", "rate"), ("rate=9", "rate"), ("rate=x", "rate"), ("max_bytes=0", "max_bytes"),
+        ("target_bpp=-1", "target_bpp"), ("target_bpp=nan", "target_bpp"), ("rate=4&max_bytes=9", "at most one"),
+    ],
+)  # fmt: skip
+def test_wrong_parameters_are_named(client: TestClient, bikes: Photo, query: str, part: str) -> None:
+    detail = problem(client.post(f"/compress?{query}", content=image_bytes(bikes)), 400, "malformed-request")
+    assert part in detail
+
+
+def test_bad_uploads_get_clear_problems_and_the_next_request_works(client: TestClient, bikes: Photo) -> None:
+    good = image_bytes(bikes)
+    jpeg = image_bytes(bikes, "JPEG")
+    problem(client.post("/compress", content=b""), 400, "empty-body")
+    problem(client.post("/compress", files={"file": b""}), 400, "empty-body")
+    problem(client.post("/compress", files={"other": good}), 400, "malformed-request")
+    problem(client.post("/compress", data={"file": "text"}, files={"x": b"1"}), 400, "malformed-request")
+    broken = {"Content-Type": "multipart/form-data; boundary=x"}
+    problem(client.post("/compress", content=b"--y\r\nnonsense", headers=broken), 400, "malformed-request")
+    problem(
+        client.post("/compress", content=good, headers={"Content-Type": "multipart/form-data"}),
+        400,
+        "malformed-request",
+    )
+    problem(client.post("/compress", content=b"just some text"), 415, "not-an-image")
+    problem(client.post("/compress", content=jpeg[: len(jpeg) // 2]), 422, "corrupt-image")
+    detail = problem(client.post("/compress", content=bomb(100_000, 100_000)), 422, "too-many-pixels")
+    assert "100000x100000" in detail
+    problem(client.post("/compress", content=good, params={"model": "nope"}), 422, "unknown-model")
+    problem(client.get("/compress"), 405, "method-not-allowed")
+    problem(client.get("/nowhere"), 404, "not-found")
+    assert client.post("/compress", content=good).status_code == 200
+
+
+def test_bad_bitstreams_get_clear_problems_and_the_next_request_works(client: TestClient, stream: bytes) -> None:
+    body = stream[:-4]
+    problem(client.post("/decompress", content=b""), 400, "empty-body")
+    problem(client.post("/decompress", content=b"hello there, decode me"), 415, "not-a-bitstream")
+    for length in (5, 20, 40, len(stream) // 2, len(stream) - 1):
+        problem(client.post("/decompress", content=stream[:length]), 422, "corrupt-bitstream")
+    problem(client.post("/decompress", content=stream + b"\0"), 422, "corrupt-bitstream")
+    flipped = bytearray(stream)
+    flipped[len(stream) // 2] ^= 4
+    problem(client.post("/decompress", content=bytes(flipped)), 422, "corrupt-bitstream")
+    problem(client.post("/decompress", content=body[:4] + b"\x02" + stream[5:]), 422, "unsupported-version")
+    unknown = sealed(body[:6] + b"\xff" * 8 + body[14:])
+    assert "ff" * 8 in problem(client.post("/decompress", content=unknown), 422, "unknown-model")
+    huge = sealed(body[:14] + struct.pack("<II", 10**5, 10**5) + body[22:])
+    problem(client.post("/decompress", content=huge), 422, "too-many-pixels")
+    assert client.post("/decompress", content=stream).status_code == 200
+
+
+def test_forged_streams_under_a_right_checksum_never_give_a_500(client: TestClient, stream: bytes) -> None:
+    rng = np.random.default_rng(7)
+    parsed = Bitstream.from_bytes(stream)
+    answers = set()
+    for _ in range(25):
+        payload = bytearray(parsed.payload)
+        for position in rng.integers(0, len(payload), 5):
+            payload[position] = rng.integers(0, 256)
+        outliers = rng.integers(0, 256, int(rng.integers(0, 4)), np.uint8).tobytes()
+        forged = Bitstream(parsed.model_id, int(rng.integers(1, 9)), 192, 160, (), outliers, bytes(payload))
+        answers.add(client.post("/decompress", content=forged.to_bytes()).status_code)
+    assert answers <= {200, 422}
+    assert 200 in answers
+
+
+def test_a_body_over_the_limit_is_cut_while_it_streams(client: TestClient, settings: Settings) -> None:
+    sent = 0
+
+    def endless():  # type: ignore[no-untyped-def]
+        nonlocal sent
+        while sent < 40 * settings.max_body_bytes:
+            sent += 2**20
+            yield bytes(2**20)
+
+    problem(client.post("/compress", content=bytes(settings.max_body_bytes + 1)), 413, "body-too-large")
+    answer = client.post("/compress", content=endless())
+    problem(answer, 413, "body-too-large")
+
+
+def test_memory_does_not_grow_under_bad_requests(client: TestClient, stream: bytes, bikes: Photo) -> None:
+    bad = [
+        ("/compress", bomb(100_000, 100_000)), ("/compress", image_bytes(bikes, "JPEG")[:2000]), ("/compress", b"x" * 10**6),
+        ("/decompress", stream[:-9]), ("/decompress", b"y" * 10**6), ("/decompress", stream[:40] + bytes(200)),
+    ]  # fmt: skip
+
+    def burst() -> None:
+        for path, body in 20 * bad:
+            assert 400 <= client.post(path, content=body).status_code < 500
+
+    burst()
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    for _ in range(4):
+        burst()
+    gc.collect()
+    assert psutil.Process().memory_info().rss - before < 30e6
+
+
+def test_request_ids_are_kept_or_made(client: TestClient) -> None:
+    assert client.get("/livez", headers={"X-Request-ID": "gate-7.42"}).headers["x-request-id"] == "gate-7.42"
+    made = client.get("/livez", headers={"X-Request-ID": "not ok\t!"}).headers["x-request-id"]
+    assert len(made) == 32
+    assert client.get("/livez").headers["x-request-id"] != made
+
+
+def test_variants_say_what_was_measured(client: TestClient) -> None:
+    (model, *_) = [m for m in client.get("/variants").json()["models"] if m["default"]]
+    assert model["resident_bytes"] > 1e6
+    assert [variant["rate"] for variant in model["variants"]] == list(range(1, 9))
+    for variant in model["variants"]:
+        kinds = {(m["photos"], m["degradation"]) for m in variant["measured"]}
+        assert ("kodak", "clean") in kinds
+        assert all(m["psnr"] > 15 and m["bpp"] > 0 for m in variant["measured"])
+
+
+def test_health_docs_and_metrics(client: TestClient, bikes: Photo) -> None:
+    assert client.get("/livez").json() == {"status": "alive"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+    assert client.get("/docs").status_code == 200
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/compress", "/decompress", "/variants", "/livez", "/readyz", "/metrics"} <= paths.keys()
+
+    def series() -> dict[str, float]:
+        lines = client.get("/metrics").text.splitlines()
+        return {key: float(value) for key, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    before = series()
+    sent = client.post("/compress", content=image_bytes(bikes), params={"rate": 2})
+    client.post("/decompress", content=sent.content)
+    client.post("/decompress", content=b"nonsense")
+    after = series()
+    name = sent.headers["limpid-model"]
+
+    def grew(key: str) -> float:
+        return after[key] - before.get(key, 0)
+
+    assert grew('limpid_http_requests_total{operation="compress",status="200"}') == 1
+    assert grew('limpid_http_requests_total{operation="decompress",status="415"}') == 1
+    assert grew('limpid_rejected_total{reason="not-a-bitstream"}') == 1
+    assert grew(f'limpid_pixels_total{{model="{name}",operation="compress"}}') == bikes[..., 0].size
+    assert grew(f'limpid_bitstream_bytes_total{{model="{name}",operation="compress"}}') == len(sent.content)
+    assert grew(f'limpid_bits_per_pixel_count{{model="{name}",rate="2"}}') == 1
+    assert grew('limpid_stage_duration_seconds_count{operation="compress",stage="transform"}') == 1
+    assert grew('limpid_stage_duration_seconds_count{operation="decompress",stage="image_encode"}') == 1
+    assert grew('limpid_http_request_duration_seconds_count{operation="compress"}') == 1
+    assert after["limpid_ready"] == 1
+    assert any(key.startswith("limpid_build_info") for key in after)
+
+
+def test_a_broken_store_is_told_at_readyz_not_by_a_crash(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "store.json").write_text(json.dumps({"default": "a", "models": []}))
+    with TestClient(create_app(Settings(store=tmp_path))) as client:
+        for _ in range(200):
+            answer = client.get("/readyz")
+            if "still loading" not in answer.text:
+                break
+        assert "could not be loaded" in problem(answer, 503, "not-ready")
+        problem(client.get("/livez"), 503, "not-ready")
+        problem(client.post("/compress", content=b"x"), 503, "not-ready")
+        assert "limpid_ready 0.0" in client.get("/metrics").text

@@ -1,0 +1,80 @@
+"""`service.cli`: the commands on files, and the real server as a stranger starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from service.cli import main
+from service.engine import Photo
+from service.imaging import read_photo
+from service.settings import Settings
+from tests.conftest import image_bytes, noisy, psnr
+
+
+def test_compress_and_decompress_files(tmp_path: Path, parrots: Photo, capsys: pytest.CaptureFixture[str]) -> None:
+    degraded = noisy(parrots)
+    (tmp_path / "in.png").write_bytes(image_bytes(degraded))
+    assert main(["compress", str(tmp_path / "in.png"), str(tmp_path / "a.lmp"), "--rate", "5"]) == 0
+    assert "bits per pixel" in capsys.readouterr().out
+    assert main(["decompress", str(tmp_path / "a.lmp"), str(tmp_path / "out.png")]) == 0
+    back = read_photo((tmp_path / "out.png").read_bytes(), 10**6)
+    assert psnr(back, parrots) > psnr(degraded, parrots) + 3
+
+
+def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.png").write_bytes(b"no image")
+    assert main(["compress", str(tmp_path / "in.png"), str(tmp_path / "a.lmp")]) == 1
+    assert main(["decompress", str(tmp_path / "in.png"), str(tmp_path / "a.png")]) == 1
+    assert main(["decompress", str(tmp_path / "missing"), str(tmp_path / "a.png")]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("limpid: ") for line in lines)
+
+
+def test_variants_lists_the_store(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["variants"]) == 0
+    assert "(default)" in capsys.readouterr().out
+
+
+def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LIMPID_MAX_PIXELS", "many")
+    assert main(["variants"]) == 1
+    assert "max_pixels" in capsys.readouterr().err
+
+
+def test_the_server_starts_answers_and_stops(tmp_path: Path, parrots: Photo) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "LIMPID_STORE": str(Settings().store)}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "service", "serve", "--port", str(port)], env=env, stderr=log, stdout=log
+        )
+    base = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                if urllib.request.urlopen(f"{base}/readyz").status == 200:
+                    break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.2)
+        upload = urllib.request.Request(f"{base}/compress?rate=2", data=image_bytes(parrots), method="POST")
+        with urllib.request.urlopen(upload) as answer:
+            stream = answer.read()
+        with urllib.request.urlopen(urllib.request.Request(f"{base}/decompress", data=stream)) as answer:
+            assert psnr(read_photo(answer.read(), 10**6), parrots) > 24
+    finally:
+        server.send_signal(signal.SIGTERM)
+        status = server.wait(20)
+    assert status in (0, -signal.SIGTERM), (tmp_path / "log").read_text()

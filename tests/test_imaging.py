@@ -1,0 +1,163 @@
+"""`service.imaging`: whatever cameras and editors write becomes upright 8-bit sRGB, or a clear error."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from service.engine import Photo
+from service.imaging import CorruptImage, ImageError, NotAnImage, OutputFormat, TooManyPixels, read_photo, write_photo
+from tests.conftest import image_bytes, psnr
+
+LIMIT = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "least"),
+    [
+        ("PNG", {}, 99), ("BMP", {}, 99), ("TIFF", {}, 99), ("TIFF", {"compression": "tiff_lzw"}, 99),
+        ("WEBP", {"lossless": True}, 99), ("WEBP", {"quality": 90}, 30), ("JPEG", {"quality": 95}, 30),
+        ("JPEG", {"quality": 95, "progressive": True}, 30), ("AVIF", {"quality": 90}, 30),
+    ],
+)  # fmt: skip
+def test_every_format_is_read(parrots: Photo, format: str, options: dict[str, object], least: float) -> None:
+    back = read_photo(image_bytes(parrots, format, **options), LIMIT)
+    assert back.dtype == np.uint8
+    assert np.array_equal(back, parrots) if least == 99 else psnr(back, parrots) > least
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(parrots: Photo, orientation: int) -> None:
+    turns = {
+        1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+        5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x, -1), 7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda x: np.rot90(x, 1),
+    }  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = parrots[:100, :60]
+    assert np.array_equal(read_photo(image_bytes(photo, "PNG", exif=exif.tobytes()), LIMIT), turns[orientation](photo))
+
+
+def test_grey_palette_and_bilevel_become_rgb(parrots: Photo) -> None:
+    grey = Image.fromarray(parrots).convert("L")
+    assert np.array_equal(read_photo(image_bytes(grey), LIMIT), np.asarray(grey.convert("RGB")))
+    palette = Image.fromarray(parrots).quantize(64)
+    assert np.array_equal(read_photo(image_bytes(palette), LIMIT), np.asarray(palette.convert("RGB")))
+    bilevel = grey.convert("1")
+    assert np.array_equal(read_photo(image_bytes(bilevel), LIMIT), np.asarray(bilevel.convert("RGB")))
+
+
+def test_transparency_is_laid_over_white(parrots: Photo) -> None:
+    alpha = np.zeros((*parrots.shape[:2], 1), np.uint8)
+    alpha[:128] = 255
+    back = read_photo(image_bytes(Image.fromarray(np.concatenate([parrots, alpha], 2))), LIMIT)
+    assert np.array_equal(back[:128], parrots[:128])
+    assert (back[128:] == 255).all()
+    palette = Image.fromarray(parrots).quantize(16)
+    back = read_photo(image_bytes(palette, "PNG", transparency=bytes([0] * 16)), LIMIT)
+    assert (back == 255).all()
+
+
+def test_sixteen_bits_are_rounded_to_eight(parrots: Photo) -> None:
+    grey = np.asarray(Image.fromarray(parrots).convert("L"))
+    wide = grey.astype(np.uint16) * 257
+    for format in ("PNG", "TIFF"):
+        back = read_photo(image_bytes(Image.fromarray(wide), format), LIMIT)
+        assert np.array_equal(back[..., 0], grey)
+    rows = b"".join(b"\0" + (row.astype(">u2") * 257).tobytes() for row in parrots.astype(np.uint16))
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", parrots.shape[1], parrots.shape[0], 16, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert np.array_equal(read_photo(png, LIMIT), parrots)
+
+
+def test_cmyk_is_converted(parrots: Photo) -> None:
+    back = read_photo(image_bytes(Image.fromarray(parrots).convert("CMYK"), "JPEG", quality=95), LIMIT)
+    assert psnr(back, parrots) > 28
+
+
+def linear_profile() -> bytes:
+    """An ICC profile of sRGB primaries with a gamma of 1, so that ignoring it would show."""
+    srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for index in range(struct.unpack_from(">I", srgb, 128)[0]):
+        tag, offset, size = struct.unpack_from(">4sII", srgb, 132 + 12 * index)
+        if tag in (b"rTRC", b"gTRC", b"bTRC"):
+            srgb[offset : offset + size] = struct.pack(">4sII", b"curv", 0, 0).ljust(size, b"\0")
+    return bytes(srgb)
+
+
+def test_an_icc_profile_is_converted_to_srgb() -> None:
+    grey = np.full((32, 32, 3), 55, np.uint8)  # linear light 55/255 is sRGB 128
+    back = read_photo(image_bytes(grey, "PNG", icc_profile=linear_profile()), LIMIT)
+    assert np.abs(back.astype(int) - 128).max() <= 1
+    assert np.array_equal(read_photo(image_bytes(grey, "PNG", icc_profile=b"broken"), LIMIT), grey)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_truncated_image_is_a_clear_error(parrots: Photo, format: str, share: float) -> None:
+    data = image_bytes(parrots, format)
+    with pytest.raises((CorruptImage, NotAnImage)):
+        read_photo(data[: int(share * len(data))], LIMIT)
+
+
+def test_text_and_unsupported_formats_are_not_images(parrots: Photo) -> None:
+    for data in (b"hello", b"{}", b"<svg/>", b"%PDF-1.4", image_bytes(parrots, "GIF"), image_bytes(parrots, "PPM")):
+        with pytest.raises(NotAnImage, match="JPEG, PNG"):
+            read_photo(data, LIMIT)
+
+
+def bomb(width: int, height: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+
+
+def test_a_bomb_is_refused_from_its_header() -> None:
+    with pytest.raises(TooManyPixels, match="100000x100000"):
+        read_photo(bomb(100_000, 100_000), LIMIT)
+    with pytest.raises(TooManyPixels):
+        read_photo(bomb(1001, 1000), LIMIT)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_mutated_images_are_photos_or_image_errors(data: st.DataObject) -> None:
+    format = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "BMP"]))
+    photo = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    mutated = bytearray(image_bytes(photo, format))
+    for position, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(mutated) - 1), st.integers(0, 255)), min_size=1, max_size=6)
+    ):
+        mutated[position] = value
+    try:
+        back = read_photo(bytes(mutated), 10_000)
+    except ImageError:
+        return
+    assert back.ndim == 3
+    assert back.dtype == np.uint8
+
+
+@pytest.mark.parametrize("output", list(OutputFormat))
+def test_photos_are_written_in_every_format(parrots: Photo, output: OutputFormat) -> None:
+    data = write_photo(parrots, output)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == output.pillow
+    back = read_photo(data, LIMIT)
+    assert np.array_equal(back, parrots) if output is OutputFormat.PNG else psnr(back, parrots) > 30
+    if output is not OutputFormat.PNG:
+        assert len(write_photo(parrots, output, 20)) < len(data)

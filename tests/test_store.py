@@ -1,0 +1,85 @@
+"""`service.store`: digests and the known-answer test stand between a file and the device."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.settings import DEFAULT_STORE
+from service.store import ModelStore, StoreError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A store of its own with the default model of the shipped one."""
+    index = ModelStore(DEFAULT_STORE).index
+    entry = next(e for e in index.models if e.name == index.default)
+    shutil.copy(DEFAULT_STORE / entry.file, tmp_path)
+    content = {"default": entry.name, "models": [entry.model_dump()]}
+    (tmp_path / "store.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "store.json"
+    content = json.loads(path.read_text())
+    content["models"][0].update(changes)
+    path.write_text(json.dumps(content))
+
+
+def test_a_copied_store_loads(copy: Path) -> None:
+    store = ModelStore(copy)
+    codec = store.load(store.index.models[0], CPU)
+    assert codec.known_answer() == store.index.models[0].known_answer
+
+
+def test_the_shipped_store_has_measured_every_rate_point() -> None:
+    for entry in ModelStore(DEFAULT_STORE).index.models:
+        assert {m.rate for m in entry.measured} == set(range(1, entry.rate_points + 1)), entry.name
+
+
+def test_an_altered_file_is_refused(copy: Path) -> None:
+    path = next(copy.glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    store = ModelStore(copy)
+    with pytest.raises(StoreError, match="expected SHA-256"):
+        store.load(store.index.models[0], CPU)
+
+
+def test_a_device_that_computes_otherwise_is_refused(copy: Path) -> None:
+    edit(copy, known_answer="0" * 64)
+    store = ModelStore(copy)
+    with pytest.raises(StoreError, match="would not decode elsewhere"):
+        store.load(store.index.models[0], CPU)
+
+
+def test_a_missing_file_is_named(copy: Path) -> None:
+    next(copy.glob("*.safetensors")).unlink()
+    store = ModelStore(copy)
+    with pytest.raises(StoreError, match="No such file"):
+        store.load(store.index.models[0], CPU)
+
+
+@pytest.mark.parametrize("file", ["../../etc/passwd.safetensors", "/tmp/x.safetensors", "weights.pkl"])
+def test_a_file_name_cannot_leave_the_store(copy: Path, file: str) -> None:
+    edit(copy, file=file)
+    with pytest.raises(StoreError, match="file"):
+        ModelStore(copy)
+
+
+def test_no_store_and_a_wrong_default_are_named(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="expected a model store"):
+        ModelStore(tmp_path / "nowhere")
+    content = json.loads((copy / "store.json").read_text())
+    content["default"] = "other"
+    (copy / "store.json").write_text(json.dumps(content))
+    with pytest.raises(StoreError, match="'other'"):
+        ModelStore(copy)
