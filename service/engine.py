@@ -16,14 +16,14 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from service.codec.bitstream import Bitstream, BitstreamError, CorruptBitstream
-from service.codec.config import RATE_POINTS, STRIDE
+from service.codec.config import RATE_POINTS
+from service.codec.device import pick_device, transform_precision
 from service.codec.rans import CorruptPayload
-from service.codec.shipped import Coded, ShippedCodec, latent_size
+from service.codec.shipped import Coded, ShippedCodec, latent_size, pad_to_stride
 from service.store import ModelEntry, ModelStore
 
 T = TypeVar("T")
@@ -85,20 +85,6 @@ class Model:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto`: the first GPU, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32 on a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
 class Engine:
     """Models of one store on one device.
 
@@ -112,9 +98,7 @@ class Engine:
 
     def __init__(self, store: ModelStore, device: str = "auto", precision: str = "auto") -> None:
         self.device = pick_device(device)
-        if precision == "auto":
-            precision = "bfloat16" if multiplies_bfloat16(self.device) else "float32"
-        self.precision = precision
+        self.precision = transform_precision(self.device) if precision == "auto" else precision
         self.models = {entry.name: Model(entry, store.load(entry, self.device)) for entry in store.index.models}
         self.default = self.models[store.index.default]
         self._by_id = {model.entry.model_id: model for model in self.models.values()}
@@ -217,9 +201,9 @@ class Engine:
         ]
 
     def _padded(self, photo: Photo) -> Tensor:
-        """(1, 3, H, W) in [0, 1] on the device, the last row and column repeated up to multiples of 16."""
+        """(1, 3, H, W) in [0, 1] on the device, padded."""
         x = torch.from_numpy(np.array(photo)).to(self.device).permute(2, 0, 1)[None].float() / 255
-        return F.pad(x, (0, -x.shape[3] % STRIDE, 0, -x.shape[2] % STRIDE), mode="replicate")
+        return pad_to_stride(x)
 
     def _decode_group(self, model: Model, streams: list[Bitstream], times: StageTimes) -> list[Photo]:
         codec = model.codec

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -17,8 +11,8 @@ import pytest
 from service.cli import main
 from service.engine import Photo
 from service.imaging import read_photo
-from service.settings import Settings
 from tests.conftest import image_bytes, noisy, psnr
+from tests.served import served
 
 
 def test_compress_and_decompress_files(tmp_path: Path, parrots: Photo, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,29 +46,10 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "max_pixels" in capsys.readouterr().err
 
 
-def test_the_server_starts_answers_and_stops(tmp_path: Path, parrots: Photo) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {**os.environ, "LIMPID_STORE": str(Settings().store)}
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "service", "serve", "--port", str(port)], env=env, stderr=log, stdout=log
-        )
-    base = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                if urllib.request.urlopen(f"{base}/readyz").status == 200:
-                    break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.2)
-        upload = urllib.request.Request(f"{base}/compress?rate=2", data=image_bytes(parrots), method="POST")
-        with urllib.request.urlopen(upload) as answer:
+def test_the_server_starts_answers_and_stops(parrots: Photo) -> None:
+    with served() as (base, process):
+        with urllib.request.urlopen(f"{base}/compress?rate=2", data=image_bytes(parrots)) as answer:
             stream = answer.read()
-        with urllib.request.urlopen(urllib.request.Request(f"{base}/decompress", data=stream)) as answer:
+        with urllib.request.urlopen(f"{base}/decompress", data=stream) as answer:
             assert psnr(read_photo(answer.read(), 10**6), parrots) > 24
-    finally:
-        server.send_signal(signal.SIGTERM)
-        status = server.wait(20)
-    assert status in (0, -signal.SIGTERM), (tmp_path / "log").read_text()
+    assert process.returncode in (0, -signal.SIGTERM)

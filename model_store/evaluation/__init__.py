@@ -1,1 +1,1 @@
-"""Evaluation: rate-distortion of real bitstreams, beside the peers, as JSON per photo; tables and plots drawn from it."""
+"""Evaluation: rate-distortion of real bitstreams beside the peers; JSON per photo, tables and plots drawn from it."""

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,12 @@ PEERS: dict[str, tuple[int, ...]] = {
     "JPEG": (10, 20, 35, 50, 65, 80, 90),
     "WEBP": (1, 10, 30, 50, 70, 85),
     "AVIF": (15, 25, 35, 45, 55, 65, 75),
+}
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "JPEG": {"optimize": True},
+    "WEBP": {"method": 6},
+    "AVIF": {"speed": 6, "subsampling": "4:2:0"},
 }
 
 
@@ -60,7 +67,7 @@ class LimpidCodec:
 
 def peer_points(format: str, sample: Sample) -> Iterator[tuple[int, int, Photo]]:
     """(quality, bytes, decoded photo) of a peer on the degraded photo, its chroma at half resolution as by default."""
-    options = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}, "AVIF": {"speed": 6, "subsampling": "4:2:0"}}[format]
+    options = _OPTIONS[format]
     for quality in PEERS[format]:
         buffer = io.BytesIO()
         Image.fromarray(sample.degraded).save(buffer, format, quality=quality, **options)

@@ -60,8 +60,8 @@ class Sample:
 def degraded_photo(clean: Photo, index: int, condition: str) -> Photo:
     """Degrade the photo at `index` of its sorted set.
 
-    Noise is numpy's, `default_rng(1234 + index)`, in 8-bit units; the rest is the project's generator with the ranges of
-    evaluation, seeded with 5678 + index.
+    Noise is numpy's, `default_rng(1234 + index)`, in 8-bit units; the rest is the project's generator with the ranges
+    of evaluation, seeded with 5678 + index.
     """
     if condition == "clean":
         return clean

@@ -62,7 +62,7 @@ def curves(records: Sequence[Record]) -> dict[tuple[str, str, str], Curve]:
             (float(np.mean([r.bpp for r in group])), float(np.mean([r.psnr for r in group])), setting)
             for setting, group in settings.items()
         )
-        result[key] = Curve(*(tuple(column) for column in zip(*means)))  # type: ignore[arg-type]
+        result[key] = Curve(*(tuple(column) for column in zip(*means)))
     return result
 
 

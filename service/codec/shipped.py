@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from service.codec.config import RATE_POINTS, STRIDE, CodecConfig, Stage
@@ -60,6 +61,11 @@ class Coded:
 def latent_size(height: int, width: int) -> tuple[int, int]:
     """Rows and columns of y for a photo of any size."""
     return -(-height // STRIDE), -(-width // STRIDE)
+
+
+def pad_to_stride(x: Tensor) -> Tensor:
+    """Repeat the last row and column of x (B, 3, H, W) up to multiples of 16."""
+    return F.pad(x, (0, -x.shape[3] % STRIDE, 0, -x.shape[2] % STRIDE), mode="replicate")
 
 
 class ShippedCodec:

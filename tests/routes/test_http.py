@@ -211,9 +211,13 @@ def test_a_body_over_the_limit_is_cut_while_it_streams(client: TestClient, setti
 
 def test_memory_does_not_grow_under_bad_requests(client: TestClient, stream: bytes, bikes: Photo) -> None:
     bad = [
-        ("/compress", bomb(100_000, 100_000)), ("/compress", image_bytes(bikes, "JPEG")[:2000]), ("/compress", b"x" * 10**6),
-        ("/decompress", stream[:-9]), ("/decompress", b"y" * 10**6), ("/decompress", stream[:40] + bytes(200)),
-    ]  # fmt: skip
+        ("/compress", bomb(100_000, 100_000)),
+        ("/compress", image_bytes(bikes, "JPEG")[:2000]),
+        ("/compress", b"x" * 10**6),
+        ("/decompress", stream[:-9]),
+        ("/decompress", b"y" * 10**6),
+        ("/decompress", stream[:40] + bytes(200)),
+    ]
 
     def burst() -> None:
         for path, body in 20 * bad:

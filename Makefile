@@ -1,0 +1,59 @@
+# make run    set everything up and serve on port 8000 (PORT=...)
+# make test   set everything up and run the tests
+# TORCH_INDEX=URL takes torch and torchvision from another package index, for example one of CPU-only builds.
+
+PORT ?= 8000
+PYTHON ?= python3
+TORCH_INDEX ?=
+PHOTOS ?= ../shared/data
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: run test lint format bench cost evaluate clean
+
+run: $(VENV)/run.stamp
+	$(BIN)/python -m service serve --port $(PORT)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.bench.latency
+
+cost: $(VENV)/run.stamp
+	$(BIN)/python -m service.codec.cost
+
+evaluate: $(VENV)/dev.stamp
+	$(BIN)/python -m model_store.evaluation peers --photos $(PHOTOS)/eval
+	$(BIN)/python -m model_store.evaluation model --photos $(PHOTOS)/eval
+	$(BIN)/python -m model_store.evaluation report
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, PYTHON= names one")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/torch.stamp: | $(VENV)/bin/python
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch torchvision)
+	touch $@
+
+$(VENV)/run.stamp: pyproject.toml $(VENV)/torch.stamp
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
+	$(PIP) --editable '.[dev,evaluation]'
+	touch $@ $(VENV)/run.stamp
+
+clean:
+	rm -rf $(VENV) build *.egg-info
