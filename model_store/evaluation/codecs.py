@@ -20,15 +20,15 @@ from service.codec.device import pick_device, transform_precision
 from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride
 
 PEERS: dict[str, tuple[int, ...]] = {
-    "JPEG": (10, 20, 35, 50, 65, 80, 90),
-    "WEBP": (1, 10, 30, 50, 70, 85),
-    "AVIF": (15, 25, 35, 45, 55, 65, 75),
+    "JPEG": (10, 25, 50, 75, 90),
+    "WEBP": (1, 15, 40, 65, 85),
+    "AVIF": (20, 40, 60, 80),
 }
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"optimize": True},
-    "WEBP": {"method": 6},
-    "AVIF": {"speed": 6, "subsampling": "4:2:0"},
+    "WEBP": {"method": 4},
+    "AVIF": {"speed": 8, "subsampling": "4:2:0"},
 }
 
 

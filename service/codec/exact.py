@@ -9,6 +9,7 @@ Activations are fixed point with `FRACTION` fractional bits unless a layer says 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,13 +54,20 @@ def straight_round(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach() if torch.is_grad_enabled() and x.requires_grad else x.round()
 
 
+_POWERS = torch.tensor([math.ldexp(1.0, exponent) for exponent in range(-64, 65)], dtype=torch.float64)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent for integers in [-64, 64], from a table: no library's exp2 promises to be exact."""
+    return _POWERS.to(exponent.device, exponent.dtype)[exponent.long() + 64]
+
+
 def requantise(acc: Tensor, shift: Tensor, low: float, high: float) -> Tensor:
     """floor((acc + 2^(shift-1)) * 2^-shift) clamped to [low, high]; exact for integers `acc` and `shift` >= 0.
 
     Both products are by powers of two and so lose nothing.
     """
-    scale = torch.exp2(-shift)
-    return straight_clamp(straight_floor(acc * scale + 0.5), low, high)
+    return straight_clamp(straight_floor(acc * power_of_two(-shift) + 0.5), low, high)
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class IntegerLayer:
         The rounding term is included; without a shift that term is a half, which halves the unit.
         """
         weight, bias = self.weight.double().abs(), self.bias.double().abs()
-        total = weight.sum(1) * limit + bias.amax(0) + torch.exp2(self.shift.double() - 1)
+        total = weight.sum(1) * limit + bias.amax(0) + power_of_two(self.shift.double() - 1)
         return float(torch.where(self.shift == 0, 2 * total, total).max())
 
 
@@ -159,8 +167,8 @@ class TrainableLayer(nn.Module):
             )
             grid = finest.log2().floor().clamp(max(0, self.fraction_out - self.fraction_in), 18)
             shift = grid + (self.fraction_in - self.fraction_out)
-        weight = straight_clamp(straight_round(self.weight * torch.exp2(grid)[:, None]), -WEIGHT_LIMIT, WEIGHT_LIMIT)
+        weight = straight_clamp(straight_round(self.weight * power_of_two(grid)[:, None]), -WEIGHT_LIMIT, WEIGHT_LIMIT)
         q = positions[:, None]
-        bias = (self.bias_low * (1 - q) + self.bias_high * q) * torch.exp2(grid + self.fraction_in)
+        bias = (self.bias_low * (1 - q) + self.bias_high * q) * power_of_two(grid + self.fraction_in)
         bias = straight_clamp(straight_round(bias), -FLOAT32_EXACT / 4, FLOAT32_EXACT / 4)
         return IntegerLayer(weight, bias, shift, self.low, self.high)

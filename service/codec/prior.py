@@ -31,6 +31,7 @@ from service.codec.exact import (
     TrainableLayer,
     depthwise,
     pointwise,
+    power_of_two,
     requantise,
     straight_clamp,
 )
@@ -78,7 +79,7 @@ class Rescale:
     def nearest(cls, value: Tensor, mantissa: int, limit: int) -> Rescale:
         """The integers closest to multiplying by `value` (8, C), with factors up to `mantissa`."""
         shift = (mantissa / value).log2().floor().clamp(0, 30)
-        return cls((value * torch.exp2(shift)).round().clamp(1, mantissa), shift, limit)
+        return cls((value * power_of_two(shift)).round().clamp(1, mantissa), shift, limit)
 
 
 def half_mask(channels: int, h: int, w: int, device: torch.device) -> Tensor:

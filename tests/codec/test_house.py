@@ -1,0 +1,64 @@
+"""The exact path stays free of what other machines may compute otherwise, and the rooms import only what they may."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+INEXACT = {"exp", "exp2", "pow", "sigmoid", "softmax", "softplus", "tanh", "erf", "erfc", "gelu", "silu", "layer_norm",
+           "div", "true_divide", "autocast", "compile", "conv2d", "sqrt", "rsqrt"}  # fmt: skip
+
+
+def functions(path: Path, names: set[str]) -> list[ast.FunctionDef]:
+    tree = ast.parse(path.read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in names]
+
+
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [
+        ("exact.py", {"power_of_two", "requantise", "pointwise", "depthwise", "straight_clamp", "straight_floor"}),
+        ("prior.py", {"__call__", "_run", "features", "first_pass", "second_pass", "_outputs", "half_mask"}),
+    ],
+)
+def test_the_exact_path_uses_no_inexact_operation(file: str, names: set[str]) -> None:
+    found = functions(ROOT / "service/codec" / file, names)
+    assert {function.name for function in found} == names
+    for function in found:
+        for node in ast.walk(function):
+            assert not (isinstance(node, ast.Attribute) and node.attr in INEXACT), (function.name, node.attr)
+            assert not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)), function.name
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def test_nothing_imports_what_lies_above_it() -> None:
+    order = ["codec", "store", "engine", "batching"]
+    for path in sorted((ROOT / "service/codec").glob("*.py")):
+        ours = {name for name in imports(path) if name.startswith(("service", "model_store"))}
+        assert all(name.startswith("service.codec") for name in ours), path
+    for path in sorted((ROOT / "model_store").rglob("*.py")):
+        ours = {name for name in imports(path) if name.startswith("service")}
+        assert all(name.startswith("service.codec") for name in ours), path
+    assert not {
+        name for name in imports(ROOT / "service/batching.py") if name.startswith(("service", "torch", "fastapi"))
+    }
+    assert not {
+        name for name in imports(ROOT / "service/imaging.py") if name.startswith(("service", "torch", "fastapi"))
+    }
+    for name in order[:3]:
+        files = [ROOT / f"service/{name}.py"] if name != "codec" else []
+        for path in files:
+            above = {f"service.{upper}" for upper in order[order.index(name) + 1 :]} | {"service.app", "service.routes"}
+            assert not imports(path) & above, path
