@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+import os
+from collections.abc import AsyncIterator, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import cast
 
 import torch
 from fastapi import FastAPI, Request
@@ -17,14 +20,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from service import __version__
-from service.batching import SerialQueue
+from service.batching import Batcher, DeviceBroken, Events, Limits
 from service.codec.bitstream import Bitstream
-from service.engine import EncodeJob, Engine, Photo, StageTimes
+from service.engine import DeviceFailure, EncodeJob, Engine, StageTimes
 from service.errors import INTERNAL, Problem, problem_of, problem_response
 from service.middleware import RequestMiddleware
 from service.routes import compress, decompress, health, variants
 from service.settings import Settings
-from service.state import Ready, Service
+from service.state import Product, Ready, Service, Work
 from service.store import ModelStore
 
 log = logging.getLogger("limpid")
@@ -46,24 +49,55 @@ async def _bring_up(service: Service) -> None:
         service.failure = f"the models could not be loaded: {error}"
         return
 
-    def encode(jobs: Sequence[EncodeJob]) -> list[tuple[Bitstream, StageTimes]]:
-        times = StageTimes()
-        return [(stream, times) for stream in engine.encode(jobs, times)]
-
-    def decode(streams: Sequence[Bitstream]) -> list[tuple[Photo, StageTimes]]:
-        times = StageTimes()
-        return [(photo, times) for photo in engine.decode(streams, times)]
-
-    device, most = asyncio.Lock(), service.settings.max_queue_items
-    service.ready = Ready(engine, SerialQueue(encode, device, most), SerialQueue(decode, device, most))
+    threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="image")
+    batcher = _batcher(engine, service)
+    service.ready = Ready(engine, batcher, threads)
     metrics = service.metrics
     metrics.ready.set(1)
     for name in engine.models:
         metrics.model_loaded.labels(name, str(engine.device)).set(1)
-    compress, decompress = service.ready.compress, service.ready.decompress
-    metrics.queue_items.labels("compress").set_function(lambda: compress.waiting)
-    metrics.queue_items.labels("decompress").set_function(lambda: decompress.waiting)
-    log.info("ready: %s on %s in %s", ", ".join(engine.models), engine.device, engine.precision)
+    metrics.queue_items.set_function(lambda: batcher.waiting_items)
+    metrics.queue_bytes.set_function(lambda: batcher.waiting_bytes)
+    fields = {"models": list(engine.models), "device": str(engine.device), "precision": engine.precision}
+    log.info("ready", extra={"fields": fields})
+
+
+def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
+    settings, metrics = service.settings, service.metrics
+    limits = Limits(
+        settings.max_batch_items,
+        settings.max_batch_pixels,
+        settings.max_batch_wait_ms / 1000,
+        # Admission bounds the requests; a request with a budget brings up to four items.
+        4 * settings.max_queue_items,
+        settings.max_queue_bytes,
+    )
+    threads = ThreadPoolExecutor(limits.in_flight, thread_name_prefix="engine")
+
+    def run(items: Sequence[Work]) -> Sequence[Product]:
+        times = StageTimes()
+        try:
+            if isinstance(items[0], EncodeJob):
+                streams = engine.encode([item for item in items if isinstance(item, EncodeJob)], times)
+                return [(stream, times) for stream in streams]
+            photos = engine.decode([item for item in items if isinstance(item, Bitstream)], times)
+            return [(photo, times) for photo in photos]
+        except DeviceFailure as error:
+            raise DeviceBroken(str(error)) from error
+
+    async def runner(_: Hashable, items: Sequence[Work]) -> Sequence[Product]:
+        return await asyncio.get_running_loop().run_in_executor(threads, run, items)
+
+    def launched(key: Hashable, items: int) -> None:
+        operation, model, _ = cast(tuple[str, str, object], key)
+        metrics.batch_size.labels(operation, model).observe(items)
+
+    def retried(error: Exception) -> None:
+        log.warning("a batch failed and is halved", exc_info=error)
+        reason = "out-of-memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "error"
+        metrics.batch_retries.labels(reason).inc()
+
+    return Batcher(runner, limits, events=Events(launched, retried))
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -90,7 +124,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def answer(request: Request, error: Exception) -> JSONResponse:
         problem = problem_of(error)
         if problem.kind is INTERNAL:
-            log.error("request %s failed", request.state.request_id, exc_info=error)
+            log.error("request failed", exc_info=error, extra={"fields": {"request_id": request.state.request_id}})
         service.metrics.rejected.labels(problem.kind.slug).inc()
         return problem_response(problem, request)
 

@@ -1,15 +1,20 @@
-"""The queue between requests and the device. For now it runs one item at a time, in order, in a worker thread.
+"""The micro-batcher: what waits for the device, and what goes to it next. Pure asyncio; knows no torch and no HTTP.
 
-This is the seam of the micro-batcher (DESIGN section 6): routes only know `submit`, the runner already takes lists.
-Pure asyncio: knows no torch and no HTTP.
+It is work-conserving: while the device is busy, items gather in buckets of equal key; when it frees, the bucket with
+the oldest head goes, first in first out, up to the caps. No timer forms a batch before the device is free, so batches
+grow with the load by themselves. A batch that fails is halved and tried again until the bad item stands alone. The
+queue is bounded in items and in bytes, and what was cancelled or came too late is dropped just before launch.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -17,55 +22,257 @@ Result = TypeVar("Result")
 
 
 class QueueFull(RuntimeError):
-    """As many items wait as the queue holds."""
+    """As many items, or bytes, wait as the queue holds. `retry_after`: seconds until that many have drained."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Draining(RuntimeError):
+    """The service is shutting down and admits nothing more."""
+
+
+class DeadlineExceeded(TimeoutError):
+    """The item's deadline passed before its turn came."""
+
+
+class DeviceBroken(RuntimeError):
+    """The device will not recover in this process; raised by the runner, then told to every item."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Caps of a batcher.
+
+    Attributes:
+        batch_items, batch_pixels: of one batch; a single item may exceed the pixels.
+        batch_wait: seconds that a batch that is not full waits on purpose for company; 0 turns that off.
+        queue_items, queue_bytes: of all that wait.
+        in_flight: batches that run at once; with 2 the entropy coding of one overlaps the device step of the other.
+    """
+
+    batch_items: int = 16
+    batch_pixels: int = 16_000_000
+    batch_wait: float = 0.0
+    queue_items: int = 64
+    queue_bytes: int = 2**30
+    in_flight: int = 2
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a batcher tells about itself: a batch of a key launched with n items, a failed batch halved and why."""
+
+    launched: Callable[[Hashable, int], None] = lambda key, items: None
+    retried: Callable[[Exception], None] = lambda error: None
 
 
 @dataclass(frozen=True)
 class Done(Generic[Result]):
-    """A result, and the seconds that the item waited before its run began."""
+    """A result, and the seconds that the item waited before its batch was launched."""
 
     result: Result
     queued: float
 
 
-class SerialQueue(Generic[Item, Result]):
-    """Runs items one at a time.
+@dataclass(eq=False)
+class _Entry(Generic[Item, Result]):
+    item: Item
+    key: Hashable
+    pixels: int
+    bytes: int
+    deadline: float
+    arrived: float
+    order: int
+    future: asyncio.Future[Done[Result]] = field(repr=False)
+
+
+class Batcher(Generic[Item, Result]):
+    """Forms batches and hands them to the runner.
 
     Args:
-        runner: takes a list of items and returns their results in order; called in a worker thread.
-        device: shared by the queues of one device, so that only one of them runs at a time.
-        max_items: most items that may wait.
-        clock: seconds, monotonic.
+        runner: takes a key and items of that key, returns their results in order. Raises `DeviceBroken` when the
+            device is gone, anything else when the batch failed.
+        limits: the caps.
+        clock: seconds, monotonic; deadlines are on this clock.
+        events: callbacks for metrics.
     """
 
     def __init__(
         self,
-        runner: Callable[[Sequence[Item]], Sequence[Result]],
-        device: asyncio.Lock,
-        max_items: int,
+        runner: Callable[[Hashable, Sequence[Item]], Awaitable[Sequence[Result]]],
+        limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        events: Events | None = None,
     ) -> None:
-        self._runner, self._device, self._max_items, self._clock = runner, device, max_items, clock
-        self.waiting = 0
+        self._runner, self._limits, self._clock = runner, limits or Limits(), clock
+        self._events = events or Events()
+        self._buckets: dict[Hashable, deque[_Entry[Item, Result]]] = {}
+        self._order = itertools.count()
+        self._running: set[asyncio.Task[None]] = set()
+        self._wake: asyncio.TimerHandle | None = None
+        self._seconds_per_item = 0.0
+        self.waiting_items = 0
+        self.waiting_bytes = 0
+        self.draining = False
+        self.broken: DeviceBroken | None = None
 
-    async def submit(self, item: Item) -> Done[Result]:
-        """Wait for the turn of `item` and run it.
+    async def submit(
+        self, item: Item, key: Hashable, *, pixels: int = 0, bytes: int = 0, deadline: float = math.inf
+    ) -> Done[Result]:
+        """Queue an item and wait for its result. Cancelling the caller takes the item back while it waits.
 
         Raises:
-            QueueFull: at once, when too many wait.
-            Exception: whatever the runner raised for this item.
+            QueueFull, Draining, DeviceBroken: at once.
+            DeadlineExceeded: its turn came too late.
+            Exception: whatever the runner raised for this item alone.
         """
-        if self.waiting >= self._max_items:
-            raise QueueFull(f"{self.waiting} requests wait already, the most that may")
-        arrived = self._clock()
-        self.waiting += 1
+        if self.broken:
+            raise self.broken
+        if self.draining:
+            raise Draining("the service is shutting down")
+        limits = self._limits
+        if self.waiting_items >= limits.queue_items:
+            raise QueueFull(f"{self.waiting_items} requests wait already, the most that may", self.retry_after())
+        if self.waiting_items and self.waiting_bytes + bytes > limits.queue_bytes:
+            raise QueueFull(f"{self.waiting_bytes} bytes wait already, too many to add {bytes}", self.retry_after())
+        entry: _Entry[Item, Result] = _Entry(
+            item, key, pixels, bytes, deadline, self._clock(), next(self._order), asyncio.Future()
+        )
+        self._buckets.setdefault(key, deque()).append(entry)
+        self._count(entry, +1)
+        self._pump()
         try:
-            await self._device.acquire()
-        finally:
-            self.waiting -= 1
-        queued = self._clock() - arrived
-        run = asyncio.ensure_future(asyncio.to_thread(self._runner, [item]))
-        # The device is free when the thread is done, not when a cancelled client has gone.
-        run.add_done_callback(lambda _: self._device.release())
-        (result,) = await asyncio.shield(run)
-        return Done(result, queued)
+            return await entry.future
+        except asyncio.CancelledError:
+            bucket = self._buckets.get(key)
+            if bucket and entry in bucket:
+                bucket.remove(entry)
+                self._leave(entry)
+            raise
+
+    def retry_after(self) -> int:
+        """Whole seconds, 1 to 60, in which what waits now will have drained at the measured rate."""
+        return min(60, max(1, math.ceil(self.waiting_items * self._seconds_per_item)))
+
+    async def drain(self) -> None:
+        """Admit nothing more, and return when everything admitted has been answered."""
+        self.draining = True
+        while self._running or self.waiting_items:
+            if self._running:
+                await asyncio.wait(self._running)
+            else:
+                await asyncio.sleep(0)
+
+    # --- inside ---
+
+    def _count(self, entry: _Entry[Item, Result], sign: int) -> None:
+        self.waiting_items += sign
+        self.waiting_bytes += sign * entry.bytes
+
+    def _leave(self, entry: _Entry[Item, Result]) -> None:
+        """Account for an entry that was taken out of its bucket."""
+        self._count(entry, -1)
+        if not self._buckets[entry.key]:
+            del self._buckets[entry.key]
+
+    def _pump(self) -> None:
+        """Launch batches as long as the device has room and something waits."""
+        while self._buckets and len(self._running) < self._limits.in_flight and not self.broken:
+            key = min(self._buckets, key=lambda key: self._buckets[key][0].order)
+            if self._waits_for_company(self._buckets[key]):
+                return
+            batch = self._take(key)
+            if batch:
+                self._events.launched(key, len(batch))
+                task = asyncio.ensure_future(self._run(key, batch))
+                self._running.add(task)
+                task.add_done_callback(self._finished)
+
+    def _waits_for_company(self, bucket: deque[_Entry[Item, Result]]) -> bool:
+        limits = self._limits
+        left = bucket[0].arrived + limits.batch_wait - self._clock()
+        if left <= 0 or len(bucket) >= limits.batch_items:
+            return False
+        if self._wake is None:
+            self._wake = asyncio.get_running_loop().call_later(left, self._woken)
+        return True
+
+    def _woken(self) -> None:
+        self._wake = None
+        self._pump()
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._pump()
+
+    def _take(self, key: Hashable) -> list[_Entry[Item, Result]]:
+        """The next batch of a bucket, without what was cancelled or is too late."""
+        bucket, pixels = self._buckets[key], 0
+        batch: list[_Entry[Item, Result]] = []
+        while bucket and len(batch) < self._limits.batch_items:
+            entry = bucket[0]
+            if batch and pixels + entry.pixels > self._limits.batch_pixels:
+                break
+            bucket.popleft()
+            self._count(entry, -1)
+            if self._alive(entry):
+                batch.append(entry)
+                pixels += entry.pixels
+        if not bucket:
+            del self._buckets[key]
+        return batch
+
+    def _alive(self, entry: _Entry[Item, Result]) -> bool:
+        if entry.future.done():
+            return False
+        if self._clock() > entry.deadline:
+            entry.future.set_exception(DeadlineExceeded("the deadline passed before the device was free"))
+            return False
+        return True
+
+    async def _run(self, key: Hashable, batch: list[_Entry[Item, Result]]) -> None:
+        launched = self._clock()
+        await self._attempt(key, batch, launched)
+        share = (self._clock() - launched) / len(batch) / self._limits.in_flight
+        self._seconds_per_item += 0.2 * (share - self._seconds_per_item) if self._seconds_per_item else share
+
+    async def _attempt(self, key: Hashable, batch: list[_Entry[Item, Result]], launched: float) -> None:
+        try:
+            results = await self._runner(key, [entry.item for entry in batch])
+            if len(results) != len(batch):
+                raise RuntimeError(f"the runner gave {len(results)} results for {len(batch)} items")
+        except DeviceBroken as error:
+            self._break(error, batch)
+        except Exception as error:
+            if len(batch) == 1:
+                _fail(batch[0], error)
+                return
+            self._events.retried(error)
+            middle = len(batch) // 2
+            for half in (batch[:middle], batch[middle:]):
+                alive = [entry for entry in half if self._alive(entry)]
+                if alive and not self.broken:
+                    await self._attempt(key, alive, launched)
+                elif self.broken:
+                    self._break(self.broken, alive)
+        else:
+            for entry, result in zip(batch, results):
+                if not entry.future.done():
+                    entry.future.set_result(Done(result, launched - entry.arrived))
+
+    def _break(self, error: DeviceBroken, batch: list[_Entry[Item, Result]]) -> None:
+        """Tell everyone that the device is gone."""
+        self.broken = error
+        waiting = [entry for bucket in self._buckets.values() for entry in bucket]
+        self._buckets.clear()
+        for entry in waiting:
+            self._count(entry, -1)
+        for entry in batch + waiting:
+            _fail(entry, error)
+
+
+def _fail(entry: _Entry[Item, Result], error: Exception) -> None:
+    if not entry.future.done():
+        entry.future.set_exception(error)

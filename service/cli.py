@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 from service.settings import Settings
 
 
-def _serve(args: argparse.Namespace, settings: Settings) -> None:
-    import uvicorn
+def _serve(args: argparse.Namespace, _: Settings) -> None:
+    from service.server import serve
 
-    from service.app import create_app
-
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    uvicorn.run(
-        create_app(settings),
-        host=args.host or settings.host,
-        port=settings.port if args.port is None else args.port,
-        log_level=settings.log_level,
-        access_log=False,
-    )
+    chosen = {name: value for name in ("host", "port") if (value := getattr(args, name)) is not None}
+    serve(Settings(**chosen))
 
 
 def _compress(args: argparse.Namespace, settings: Settings) -> None:

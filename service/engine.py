@@ -1,7 +1,8 @@
 """The engine: lists of photos in, bitstreams out, and back. It owns the device, the precision and the loaded models.
 
-Callers may hand over photos of any sizes and rates in one list; those that share a padded size run together. One call
-runs at a time (`service.batching` will queue in front of it); nothing here knows HTTP or asyncio.
+Callers may hand over photos of any sizes and rates in one list; those that share a padded size run together. Calls from
+several threads take turns at the device and overlap elsewhere: while one runs a transform, another codes entropy.
+Nothing here knows HTTP or asyncio.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ T = TypeVar("T")
 
 Photo = NDArray[np.uint8]
 """An sRGB photo, (H, W, 3)."""
+
+
+class DeviceFailure(RuntimeError):
+    """The device failed in a way from which this process cannot recover."""
 
 
 class UnknownModel(BitstreamError):
@@ -102,7 +107,7 @@ class Engine:
         self.models = {entry.name: Model(entry, store.load(entry, self.device)) for entry in store.index.models}
         self.default = self.models[store.index.default]
         self._by_id = {model.entry.model_id: model for model in self.models.values()}
-        self._lock = threading.Lock()
+        self._device = threading.Lock()
 
     def model(self, name: str | None) -> Model:
         """A model by name, None for the default.
@@ -175,9 +180,14 @@ class Engine:
         for index, key in enumerate(keys):
             groups[key].append(index)
         results: dict[int, T] = {}
-        with self._lock:
-            for indexes in groups.values():
+        for indexes in groups.values():
+            try:
                 results.update(zip(indexes, run(indexes)))
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                raise
+            except torch.AcceleratorError as error:
+                raise DeviceFailure(f"{self.device}: {error}") from error
         return [results[index] for index in range(len(keys))]
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -186,8 +196,8 @@ class Engine:
     def _encode_group(self, model: Model, jobs: list[EncodeJob], times: StageTimes) -> list[Bitstream]:
         codec = model.codec
         rate = torch.tensor([job.rate - 1 for job in jobs], device=self.device)
-        with times.measure("transform"):
-            x = torch.cat([self._padded(job.photo) for job in jobs])
+        x = torch.cat([self._padded(job.photo) for job in jobs])
+        with self._device, times.measure("transform"):
             with self._autocast():
                 y, z_hat = codec.analyse(x, rate)
             latents = codec.symbols_of(y, z_hat, rate)
@@ -211,10 +221,11 @@ class Engine:
         h, w = latent_size(streams[0].height, streams[0].width)
         with times.measure("entropy"):
             try:
-                y_hat = codec.read([Coded(stream.payload, stream.outliers) for stream in streams], rate, h, w)
+                coded = [Coded(stream.payload, stream.outliers) for stream in streams]
+                y_hat = codec.read(coded, rate, h, w, self._device)
             except CorruptPayload as error:
                 raise CorruptBitstream(str(error)) from error
-        with times.measure("transform"):
+        with self._device, times.measure("transform"):
             with self._autocast():
                 x_hat = codec.synthesise(y_hat, rate)
             pixels = (x_hat * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

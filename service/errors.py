@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from service.batching import QueueFull
+from service.batching import DeviceBroken, Draining, QueueFull
 from service.codec.bitstream import BitstreamError, NotABitstream, UnsupportedVersion
 from service.engine import UnknownModel
 from service.imaging import CorruptImage, NotAnImage, TooManyPixels
@@ -32,9 +33,11 @@ class Kind:
 
 MALFORMED = Kind("malformed-request", 400, "Malformed request")
 EMPTY = Kind("empty-body", 400, "Empty body")
+BAD_KEY = Kind("invalid-api-key", 401, "API key missing or wrong")
 NOT_FOUND = Kind("not-found", 404, "Not found")
 METHOD = Kind("method-not-allowed", 405, "Method not allowed")
 NOT_ACCEPTABLE = Kind("not-acceptable", 406, "No acceptable format")
+BODY_TIMEOUT = Kind("body-timeout", 408, "Body too slow")
 TOO_LARGE = Kind("body-too-large", 413, "Body too large")
 NOT_AN_IMAGE = Kind("not-an-image", 415, "Not an image")
 NOT_A_BITSTREAM = Kind("not-a-bitstream", 415, "Not a Limpid bitstream")
@@ -46,6 +49,9 @@ TOO_MANY_PIXELS = Kind("too-many-pixels", 422, "Too many pixels")
 BUDGET = Kind("unmeetable-budget", 422, "Budget cannot be met")
 QUEUE_FULL = Kind("queue-full", 429, "Too many requests")
 NOT_READY = Kind("not-ready", 503, "Not ready")
+DRAINING = Kind("draining", 503, "Shutting down")
+OUT_OF_MEMORY = Kind("out-of-memory", 503, "Out of memory")
+DEADLINE = Kind("deadline-exceeded", 504, "Deadline exceeded")
 INTERNAL = Kind("internal-error", 500, "Internal error")
 
 _TABLE: tuple[tuple[type[Exception], Kind], ...] = (  # the first match counts, so subclasses come first
@@ -57,6 +63,9 @@ _TABLE: tuple[tuple[type[Exception], Kind], ...] = (  # the first match counts, 
     (TooManyPixels, TOO_MANY_PIXELS),
     (CorruptImage, CORRUPT_IMAGE),
     (QueueFull, QUEUE_FULL),
+    (Draining, DRAINING),
+    (DeviceBroken, NOT_READY),
+    (torch.OutOfMemoryError, OUT_OF_MEMORY),
 )
 _STATUSES = {404: NOT_FOUND, 405: METHOD}
 
@@ -81,7 +90,8 @@ def problem_of(error: Exception) -> Problem:
         return Problem(kind, str(error.detail), dict(error.headers or {}))
     for known, kind in _TABLE:
         if isinstance(error, known):
-            return Problem(kind, str(error), {"Retry-After": "1"} if kind is QUEUE_FULL else None)
+            headers = {"Retry-After": str(error.retry_after)} if isinstance(error, QueueFull) else None
+            return Problem(kind, str(error), headers)
     return Problem(INTERNAL, "the service failed in a way that it did not foresee; its log knows more")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 
 import torch
 from prometheus_client import (
@@ -21,6 +22,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BYTES = tuple(4.0**power for power in range(4, 15))
+_ITEMS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 _BITS_PER_PIXEL = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.3, 1.6, 2.0, 3.0, 5.0, 10.0, 24.0)
 
 
@@ -38,11 +40,13 @@ class Metrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"limpid_{name}", text, labels, registry=self.registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
             return Histogram(f"limpid_{name}", text, labels, buckets=buckets, registry=self.registry)
 
         self.requests = counter("http_requests_total", "Requests answered.", "operation", "status")
         self.rejected = counter("rejected_total", "Requests refused, by problem type.", "reason")
+        self.disconnects = counter("client_disconnects_total", "Clients that hung up before their answer.", "phase")
+        self.batch_retries = counter("batch_retries_total", "Failed batches that were halved.", "reason")
         self.pixels = counter("pixels_total", "Pixels of photos processed.", "operation", "model")
         self.bitstream_bytes = counter("bitstream_bytes_total", "Bytes of bitstreams.", "operation", "model")
         self.degradations = counter("degradations_total", "Degradations that the encoder reported.", "kind")
@@ -54,11 +58,13 @@ class Metrics:
         )
         self.request_bytes = histogram("request_body_bytes", "Bytes of request bodies.", _BYTES, "operation")
         self.response_bytes = histogram("response_body_bytes", "Bytes of response bodies.", _BYTES, "operation")
+        self.batch_size = histogram("batch_size", "Items per batch.", _ITEMS, "operation", "model")
         self.bits_per_pixel = histogram(
             "bits_per_pixel", "Bitstream bits over photo pixels.", _BITS_PER_PIXEL, "model", "rate"
         )
         self.in_progress = gauge("requests_in_progress", "Requests being handled.", "operation")
-        self.queue_items = gauge("queue_items", "Requests waiting for the device.", "operation")
+        self.queue_items = gauge("queue_items", "Requests waiting for the device.")
+        self.queue_bytes = gauge("queue_bytes", "Bytes of photos and bitstreams waiting for the device.")
         self.ready = gauge("ready", "1 when the service answers requests, else 0.")
         self.model_loaded = gauge("model_loaded", "1 for every model on the device.", "model", "device")
         self.gpu_memory = gauge("gpu_memory_bytes", "Memory that torch holds on a GPU.", "device", "kind")

@@ -14,6 +14,7 @@ from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import INTERNAL, TOO_LARGE, Problem, problem_of, problem_response
+from service.exchange import ClientGone
 from service.metrics import Metrics
 
 log = logging.getLogger("limpid")
@@ -68,10 +69,12 @@ class RequestMiddleware:
                 await problem_response(problem, request)(scope, receive, counted_send)
             else:
                 await self.app(scope, limited_receive, counted_send)
+        except ClientGone:
+            status = 499  # as nginx counts a client that closed the request
         except Exception as error:
             problem = problem_of(error)
             if problem.kind is INTERNAL:
-                log.exception("request %s failed", request_id)
+                log.exception("request failed", extra={"fields": {"request_id": request_id}})
             if status:  # too late for another answer
                 raise
             self.metrics.rejected.labels(problem.kind.slug).inc()
@@ -84,7 +87,13 @@ class RequestMiddleware:
                 self.metrics.request_seconds.labels(operation).observe(seconds)
                 self.metrics.request_bytes.labels(operation).observe(received)
                 self.metrics.response_bytes.labels(operation).observe(answered)
-            log.info(
-                "%s %s %d %.0f ms, %d bytes in, %d out, request %s",
-                scope["method"], scope["path"], status, 1000 * seconds, received, answered, request_id,
-            )  # fmt: skip
+            fields = {
+                "request_id": request_id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "milliseconds": round(1000 * seconds, 1),
+                "bytes_in": received,
+                "bytes_out": answered,
+            }
+            log.info("request answered", extra={"fields": fields})

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DEFAULT_STORE = Path(__file__).parents[1] / "model_store"
 
@@ -21,9 +21,16 @@ class Settings(BaseSettings):
         threads: CPU threads of the device step; 0 leaves torch's default.
         max_pixels: largest photo accepted by either call.
         max_body_bytes: largest request body.
-        max_queue_items: most requests of one operation that may wait for the device.
+        max_batch_items, max_batch_pixels: of one run on the device; a single photo may exceed the pixels.
+        max_batch_wait_ms: milliseconds that a batch that is not full waits on purpose for company.
+        max_queue_items, max_queue_bytes: most requests that are admitted at a time, and bytes of photos that wait.
+        request_timeout_s: seconds from a request's first byte to its answer, after which it gets 504.
+        body_timeout_s: seconds in which a body must have arrived, after which it gets 408.
+        drain_grace_s: seconds that admitted requests have to finish after SIGTERM.
+        api_keys: comma-separated; where there are any, a request needs one as `Authorization: Bearer` or `X-API-Key`.
+        cors_origins: comma-separated origins whose pages may call the service; none by default.
         host, port: where `serve` listens.
-        log_level: of the service's log.
+        log_level, log_format: of the service's log on standard error.
     """
 
     model_config = SettingsConfigDict(env_prefix="LIMPID_", extra="forbid", frozen=True)
@@ -34,7 +41,22 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, le=1024)
     max_pixels: int = Field(50_000_000, ge=1)
     max_body_bytes: int = Field(256 * 2**20, ge=1024)
+    max_batch_items: int = Field(16, ge=1)
+    max_batch_pixels: int = Field(16_000_000, ge=1)
+    max_batch_wait_ms: float = Field(0, ge=0, le=10_000)
     max_queue_items: int = Field(64, ge=1)
+    max_queue_bytes: int = Field(2**30, ge=1024)
+    request_timeout_s: float = Field(60, gt=0)
+    body_timeout_s: float = Field(30, gt=0)
+    drain_grace_s: float = Field(30, ge=0)
+    api_keys: Annotated[list[SecretStr], NoDecode] = []
+    cors_origins: Annotated[list[str], NoDecode] = []
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "text"] = "json"
+
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value

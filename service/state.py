@@ -1,44 +1,65 @@
-"""What the routes share: settings, metrics, and the engine with its queues once it is ready."""
+"""What the routes share: settings, metrics, and the engine with its batcher once it is ready."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
-from service.batching import SerialQueue
+from service.batching import Batcher
 from service.codec.bitstream import Bitstream
 from service.engine import EncodeJob, Engine, Photo, StageTimes
-from service.errors import NOT_READY, Problem
+from service.errors import DRAINING, NOT_READY, Problem
 from service.metrics import Metrics
 from service.settings import Settings
+
+Work = EncodeJob | Bitstream
+Product = tuple[Bitstream | Photo, StageTimes]
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A warmed-up engine and the queues in front of it."""
+    """A warmed-up engine, the batcher in front of it, and the threads that decode and encode images."""
 
     engine: Engine
-    compress: SerialQueue[EncodeJob, tuple[Bitstream, StageTimes]]
-    decompress: SerialQueue[Bitstream, tuple[Photo, StageTimes]]
+    batcher: Batcher[Work, Product]
+    image_threads: ThreadPoolExecutor
 
 
 @dataclass
 class Service:
-    """What the routes share. `ready` is None while the models load, or for good with a `failure` that says why."""
+    """What the routes share.
+
+    Attributes:
+        ready: None while the models load, or for good with a `failure` that says why.
+        admitted: requests between their admission and their answer.
+        draining: set by SIGTERM; nothing more is admitted.
+    """
 
     settings: Settings
     metrics: Metrics = field(default_factory=Metrics)
     ready: Ready | None = None
     failure: str | None = None
+    admitted: int = 0
+    draining: bool = False
+
+    def broken(self) -> str | None:
+        """Why a restart is needed, if one is."""
+        if self.ready and self.ready.batcher.broken:
+            return f"the device failed: {self.ready.batcher.broken}"
+        return self.failure
 
     def require(self) -> Ready:
         """Raises:
-        Problem: 503, while the models are not ready.
+        Problem: 503, while the service admits no request.
         """
-        if self.ready is None:
-            raise Problem(NOT_READY, self.failure or "the models are still loading", {"Retry-After": "2"})
+        if self.draining:
+            raise Problem(DRAINING, "the service is shutting down", {"Retry-After": "5", "Connection": "close"})
+        reason = self.broken()
+        if reason or self.ready is None:
+            raise Problem(NOT_READY, reason or "the models are still loading", {"Retry-After": "2"})
         return self.ready
 
 

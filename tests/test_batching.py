@@ -1,72 +1,321 @@
-"""`service.batching`: one at a time, in order, bounded, and no item's trouble is another's."""
+"""`service.batching`: simulated devices, an injected clock, and everything that can happen to a batch."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from service.batching import QueueFull, SerialQueue
+from service.batching import Batcher, DeadlineExceeded, DeviceBroken, Done, Draining, Events, Limits, QueueFull
 
 
-def test_items_run_one_at_a_time_in_order_across_queues() -> None:
-    running, most, order = 0, 0, []
+class Device:
+    """A simulated device on a simulated clock: batches run until `step` lets them end, in the order of launch."""
 
-    def run(items: Sequence[int]) -> list[int]:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        order.extend(items)
-        threading.Event().wait(0.01)
-        running -= 1
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.launches: list[tuple[Hashable, list[int]]] = []
+        self.gates: list[asyncio.Event] = []
+        self.poison: set[int] = set()
+        self.broken = False
+
+    def clock(self) -> float:
+        return self.now
+
+    async def run(self, key: Hashable, items: Sequence[int]) -> list[int]:
+        gate = asyncio.Event()
+        self.launches.append((key, list(items)))
+        self.gates.append(gate)
+        await gate.wait()
+        if self.broken:
+            raise DeviceBroken("gone")
+        if self.poison & set(items):
+            raise ValueError(f"poison in {items}")
         return [10 * item for item in items]
 
-    async def main() -> list[int]:
-        device = asyncio.Lock()
-        queues = [SerialQueue(run, device, 50), SerialQueue(run, device, 50)]
-        done = await asyncio.gather(*(queues[item % 2].submit(item) for item in range(8)))
-        assert done[7].queued > done[0].queued
-        return [one.result for one in done]
+    async def step(self, seconds: float = 1.0) -> bool:
+        """Let the oldest running batch end. Returns whether there was one."""
+        await settle()
+        self.now += seconds
+        waiting = [gate for gate in self.gates if not gate.is_set()]
+        if waiting:
+            waiting[0].set()
+        await settle()
+        return bool(waiting)
 
-    assert asyncio.run(main()) == [10 * item for item in range(8)]
-    assert most == 1
-    assert order == list(range(8))
-
-
-def test_a_failing_item_fails_alone() -> None:
-    def run(items: Sequence[int]) -> list[float]:
-        return [1 / item for item in items]
-
-    async def main() -> list[object]:
-        queue = SerialQueue(run, asyncio.Lock(), 50)
-        return await asyncio.gather(*(queue.submit(item) for item in (1, 0, 2)), return_exceptions=True)
-
-    first, second, third = asyncio.run(main())
-    assert isinstance(second, ZeroDivisionError)
-    assert (first.result, third.result) == (1, 0.5)  # type: ignore[attr-defined]
+    async def finish(self) -> None:
+        while await self.step():
+            pass
 
 
-def test_a_full_queue_says_so_at_once_and_a_cancelled_item_leaves_it() -> None:
-    release = threading.Event()
+async def settle() -> None:
+    for _ in range(12):
+        await asyncio.sleep(0)
 
-    def run(items: Sequence[int]) -> list[int]:
-        release.wait(5)
-        return list(items)
+
+def simulate(scenario: Callable[[Device, Callable[..., Batcher[int, int]]], Awaitable[None]]) -> None:
+    async def main() -> None:
+        device = Device()
+
+        def batcher(**limits: float) -> Batcher[int, int]:
+            options = {"in_flight": 1, **limits}
+            return Batcher(device.run, Limits(**options), device.clock)  # type: ignore[arg-type]
+
+        await scenario(device, batcher)
+
+    asyncio.run(main())
+
+
+def submit(batcher: Batcher[int, int], item: int, key: Hashable = "a", **options: float) -> asyncio.Task[Done[int]]:
+    return asyncio.ensure_future(batcher.submit(item, key, **options))  # type: ignore[arg-type]
+
+
+def test_an_idle_device_starts_at_once_and_a_busy_one_gathers() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make()
+        tasks = [submit(batcher, item) for item in range(6)]
+        await settle()
+        assert device.launches == [("a", [0])]
+        await device.step()
+        assert device.launches[1] == ("a", [1, 2, 3, 4, 5])
+        await device.finish()
+        assert [(await task).result for task in tasks] == [0, 10, 20, 30, 40, 50]
+        assert (await tasks[0]).queued == 0
+        assert (await tasks[5]).queued == 1
+
+    simulate(scenario)
+
+
+def test_the_bucket_with_the_oldest_head_goes_first_and_keys_never_mix() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make()
+        keys = ["a", "b", "c", "b", "a", "c", "b"]
+        tasks = [submit(batcher, item, key) for item, key in enumerate(keys)]
+        await device.finish()
+        await asyncio.gather(*tasks)
+        assert device.launches == [("a", [0]), ("b", [1, 3, 6]), ("c", [2, 5]), ("a", [4])]
+
+    simulate(scenario)
+
+
+def test_caps_in_items_and_pixels_hold_but_one_large_item_still_runs() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make(batch_items=3, batch_pixels=100)
+        pixels = [500, 40, 40, 40, 10, 10, 10, 10]
+        tasks = [submit(batcher, item, pixels=size) for item, size in enumerate(pixels)]
+        await device.finish()
+        await asyncio.gather(*tasks)
+        assert [items for _, items in device.launches] == [[0], [1, 2], [3, 4, 5], [6, 7]]
+
+    simulate(scenario)
+
+
+def test_two_batches_in_flight_overlap() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make(in_flight=2)
+        tasks = [submit(batcher, item) for item in range(5)]
+        await settle()
+        assert device.launches == [("a", [0]), ("a", [1])]
+        await device.finish()
+        await asyncio.gather(*tasks)
+        assert device.launches[2] == ("a", [2, 3, 4])
+
+    simulate(scenario)
+
+
+def test_a_poisoned_item_fails_alone() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make()
+        device.poison = {5}
+        first = submit(batcher, 100)
+        tasks = [submit(batcher, item) for item in range(8)]
+        await device.finish()
+        assert (await first).result == 1000
+        for item, task in enumerate(tasks):
+            if item == 5:
+                with pytest.raises(ValueError, match=r"poison in \[5\]"):
+                    await task
+            else:
+                assert (await task).result == 10 * item
+
+    simulate(scenario)
+
+
+def test_a_cancelled_item_is_dropped_before_launch_and_frees_its_place() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make(queue_items=3)
+        tasks = [submit(batcher, item, bytes=7) for item in range(4)]
+        await settle()
+        assert (batcher.waiting_items, batcher.waiting_bytes) == (3, 21)
+        with pytest.raises(QueueFull):
+            await batcher.submit(9, "a")
+        tasks[2].cancel()
+        await settle()
+        assert (batcher.waiting_items, batcher.waiting_bytes) == (2, 14)
+        tasks.append(submit(batcher, 4))
+        tasks[0].cancel()  # it runs already: its batch goes on, its result is nobody's
+        await device.finish()
+        assert [items for _, items in device.launches] == [[0], [1, 3, 4]]
+        assert (batcher.waiting_items, batcher.waiting_bytes) == (0, 0)
+
+    simulate(scenario)
+
+
+def test_an_expired_item_is_told_so_and_not_run() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make()
+        tasks = [submit(batcher, 0), submit(batcher, 1, deadline=5), submit(batcher, 2, deadline=50)]
+        await device.step(10)
+        await device.finish()
+        with pytest.raises(DeadlineExceeded):
+            await tasks[1]
+        assert (await tasks[2]).result == 20
+        assert [items for _, items in device.launches] == [[0], [2]]
+
+    simulate(scenario)
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make(queue_items=4, batch_items=1, queue_bytes=100)
+        done = [submit(batcher, item) for item in range(2)]
+        await device.step(3)
+        await device.step(3)
+        await asyncio.gather(*done)
+        tasks = [submit(batcher, item, bytes=10) for item in range(5)]
+        await settle()
+        with pytest.raises(QueueFull, match="4 requests wait") as caught:
+            await batcher.submit(9, "a")
+        assert caught.value.retry_after == 12
+        tasks[4].cancel()
+        await settle()
+        with pytest.raises(QueueFull, match="30 bytes wait"):
+            await batcher.submit(9, "a", bytes=71)
+        await device.finish()
+
+    simulate(scenario)
+
+
+def test_a_broken_device_is_told_to_everyone_and_stays_broken() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make()
+        tasks = [submit(batcher, item, key) for item, key in enumerate("aab")]
+        await settle()
+        device.broken = True
+        await device.finish()
+        for task in tasks:
+            with pytest.raises(DeviceBroken):
+                await task
+        with pytest.raises(DeviceBroken):
+            await batcher.submit(9, "a")
+        assert batcher.waiting_items == 0
+        assert len(device.launches) == 1
+
+    simulate(scenario)
+
+
+def test_draining_finishes_what_was_admitted_and_refuses_the_rest() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make(batch_items=2)
+        tasks = [submit(batcher, item) for item in range(5)]
+        await settle()
+        drained = asyncio.ensure_future(batcher.drain())
+        await settle()
+        with pytest.raises(Draining):
+            await batcher.submit(9, "a")
+        assert not drained.done()
+        await device.finish()
+        await drained
+        assert [(await task).result for task in tasks] == [0, 10, 20, 30, 40]
+
+    simulate(scenario)
+
+
+def test_waiting_on_purpose_is_off_by_default_and_bounded_when_on() -> None:
+    async def main() -> None:
+        launches = []
+
+        async def run(key: Hashable, items: Sequence[int]) -> Sequence[int]:
+            launches.append(list(items))
+            return items
+
+        batcher: Batcher[int, int] = Batcher(run, Limits(batch_wait=0.02, batch_items=3))
+        await asyncio.gather(*(batcher.submit(item, "a") for item in range(2)))
+        await asyncio.gather(*(batcher.submit(item, "a") for item in range(3)))
+        assert launches == [[0, 1], [0, 1, 2]]
+
+    asyncio.run(main())
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_whatever_happens_each_item_is_answered_once_in_order_and_none_starves(data: st.DataObject) -> None:
+    """Random arrivals, keys, sizes, cancellations, poison and device times, against the promises of the batcher."""
+    limits = Limits(
+        batch_items=data.draw(st.integers(1, 5)),
+        batch_pixels=data.draw(st.integers(1, 60)),
+        queue_items=data.draw(st.integers(1, 30)),
+        in_flight=data.draw(st.integers(1, 3)),
+    )
+    actions = data.draw(
+        st.lists(
+            st.one_of(
+                st.tuples(st.just("submit"), st.sampled_from("abc"), st.integers(0, 30)),
+                st.tuples(st.just("cancel"), st.integers(0, 40), st.just(0)),
+                st.tuples(st.just("step"), st.just(0), st.just(0)),
+            ),
+            max_size=40,
+        )
+    )
+    poison = data.draw(st.sets(st.integers(0, 40), max_size=3))
 
     async def main() -> None:
-        queue = SerialQueue(run, asyncio.Lock(), 2)
-        tasks = [asyncio.create_task(queue.submit(item)) for item in range(3)]
-        await asyncio.sleep(0.05)
-        assert queue.waiting == 2
-        with pytest.raises(QueueFull):
-            await queue.submit(9)
-        tasks[1].cancel()
-        tasks[0].cancel()  # it runs already: the device stays taken until its thread is done
-        await asyncio.sleep(0.05)
-        assert queue.waiting == 1
-        release.set()
-        assert (await tasks[2]).result == 2
+        device, launched, retried = Device(), [], []
+        device.poison = poison
+        events = Events(lambda key, items: launched.append((key, items)), retried.append)
+        batcher: Batcher[int, int] = Batcher(device.run, limits, device.clock, events)
+        tasks: list[asyncio.Task[Done[int]]] = []
+        keys: dict[int, str] = {}
+        for action, value, pixels in actions:
+            if action == "submit":
+                keys[len(tasks)] = str(value)
+                tasks.append(submit(batcher, len(tasks), str(value), pixels=int(pixels)))
+            elif action == "cancel" and int(value) < len(tasks):
+                tasks[int(value)].cancel()
+            else:
+                await device.step()
+            await settle()
+            assert batcher.waiting_items <= limits.queue_items
+            running = sum(not gate.is_set() for gate in device.gates)
+            assert running <= limits.in_flight
+            # Work-conserving: nothing waits while the device has room.
+            assert not (batcher.waiting_items and running < limits.in_flight)
+        await device.finish()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        for item, outcome in enumerate(outcomes):
+            if isinstance(outcome, Done):
+                assert outcome.result == 10 * item
+                assert item not in poison
+            elif isinstance(outcome, ValueError):
+                assert item in poison
+            else:
+                assert isinstance(outcome, QueueFull | asyncio.CancelledError)
+        assert (batcher.waiting_items, batcher.waiting_bytes) == (0, 0)
+        first_launch: dict[int, int] = {}
+        for number, (key, items) in enumerate(device.launches):
+            assert len(items) <= limits.batch_items
+            for item in items:
+                assert keys[item] == key
+                first_launch.setdefault(item, number)
+        by_key = defaultdict(list)
+        for item, number in first_launch.items():
+            by_key[keys[item]].append((item, number))
+        for listed in by_key.values():  # first in, first out within a bucket
+            numbers = [number for _, number in sorted(listed)]
+            assert numbers == sorted(numbers)
 
     asyncio.run(main())

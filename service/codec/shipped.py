@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -158,8 +159,12 @@ class ShippedCodec:
     # --- decoding ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def read(self, coded: Sequence[Coded], rate: Tensor, h: int, w: int) -> Tensor:
+    def read(
+        self, coded: Sequence[Coded], rate: Tensor, h: int, w: int, device: AbstractContextManager[object] | None = None
+    ) -> Tensor:
         """Decode streams of one latent size (h, w) to y_hat (B, N, h, w) float32.
+
+        `device`, a lock, is held while the prior runs and free while the entropy coder does.
 
         Raises:
             CorruptPayload: the outliers of a stream contradict it. Any payload bytes decode to some picture.
@@ -175,12 +180,15 @@ class ShippedCodec:
                 for decoder, index in zip(decoders, rate.tolist())
             ]
         ).to(self.device, torch.float32)
-        features = self.prior.features(z_hat, rate, h, w)
         mask = half_mask(n, h, w, self.device)
-        first = self.prior.first_pass(features, rate)
+        device = device or nullcontext()
+        with device:
+            features = self.prior.features(z_hat, rate, h, w)
+            first = self.prior.first_pass(features, rate)
         starts = [0] * len(coded)
         known = self._take(decoders, outliers, starts, first, mask)
-        second = self.prior.second_pass(features, known, rate)
+        with device:
+            second = self.prior.second_pass(features, known, rate)
         rest = self._take(decoders, outliers, starts, second, ~mask)
         for start, listed in zip(starts, outliers):
             if len(listed.position) and listed.position[-1] >= start:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import asyncio
+from collections.abc import Iterable
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request, Response
 
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.codec.config import RATE_POINTS
+from service.codec.shipped import latent_size
 from service.engine import EncodeJob, Photo
 from service.errors import BUDGET, MALFORMED, Problem
+from service.exchange import Exchange, body_schema, exchange
 from service.imaging import read_photo
-from service.routes.exchange import Stopwatch, body_schema, read_body
-from service.state import Ready, ServiceDependency
+from service.state import ServiceDependency
 
 router = APIRouter()
 
@@ -38,20 +41,19 @@ async def compress(
     model: Annotated[str | None, Query(max_length=64, description="Name of a model, see /variants.")] = None,
 ) -> Response:
     """Compress a photo, degraded or clean. The bitstream decodes to the clean photo."""
-    ready = service.require()
     if sum(option is not None for option in (rate, max_bytes, target_bpp)) > 1:
         raise Problem(MALFORMED, "expected at most one of rate, max_bytes and target_bpp")
-    name = ready.engine.model(model).entry.name
-    watch = Stopwatch("compress", service.metrics)
-    data = await read_body(request)
-    photo = await watch.in_thread("image_decode", lambda: read_photo(data, service.settings.max_pixels))
-    pixels = photo.shape[0] * photo.shape[1]
-    if max_bytes is None and target_bpp is None:
-        stream = await _encode(ready, EncodeJob(photo, rate or DEFAULT_RATE, name), watch)
-        body = stream.to_bytes()
-    else:
-        budget = max_bytes if max_bytes is not None else int((target_bpp or 0) * pixels / 8)
-        stream, body = await _within(budget, ready, photo, name, watch)
+    async with exchange(request, service, "compress") as call:
+        name = call.ready.engine.model(model).entry.name
+        data = await call.body()
+        photo = await call.in_thread("image_decode", lambda: read_photo(data, service.settings.max_pixels))
+        pixels = photo.shape[0] * photo.shape[1]
+        if max_bytes is None and target_bpp is None:
+            stream = await _encode(call, EncodeJob(photo, rate or DEFAULT_RATE, name))
+            body = stream.to_bytes()
+        else:
+            budget = max_bytes if max_bytes is not None else int((target_bpp or 0) * pixels / 8)
+            stream, body = await _within(budget, call, photo, name)
     bpp = 8 * len(body) / pixels
     metrics = service.metrics
     metrics.pixels.labels("compress", name).inc(pixels)
@@ -64,7 +66,7 @@ async def compress(
         "Limpid-Bpp": f"{bpp:.4f}",
         "Limpid-Model": name,
         "Limpid-Degradation": degradation_header(stream),
-        "Server-Timing": watch.header(),
+        "Server-Timing": call.server_timing(),
     }
     return Response(body, media_type=MEDIA_TYPE, headers=headers)
 
@@ -74,30 +76,32 @@ def degradation_header(stream: Bitstream) -> str:
     return ", ".join(f"{d.kind.label};{d.strength:.2f}" for d in stream.degradations) or "unknown"
 
 
-async def _encode(ready: Ready, job: EncodeJob, watch: Stopwatch) -> Bitstream:
-    done = await ready.compress.submit(job)
-    stream, times = done.result
-    watch.add_engine(done.queued, times)
-    return stream
+async def _encode(call: Exchange, job: EncodeJob) -> Bitstream:
+    height, width = job.photo.shape[:2]
+    key = ("compress", job.model, latent_size(height, width))
+    stream = await call.submit(job, key, pixels=height * width, bytes=job.photo.nbytes)
+    return cast(Bitstream, stream)
 
 
-async def _within(budget: int, ready: Ready, photo: Photo, model: str, watch: Stopwatch) -> tuple[Bitstream, bytes]:
-    """The best rate point that fits `budget` bytes, by bisection: sizes grow with the rate point.
+async def _within(budget: int, call: Exchange, photo: Photo, model: str) -> tuple[Bitstream, bytes]:
+    """The best rate point that fits `budget` bytes, in two device passes: sizes grow with the rate point.
+
+    The first pass tries every second rate point in one batch, the second the one above the best that fitted.
 
     Raises:
         Problem: 422 with the smallest size, when even rate point 1 does not fit.
     """
-    low, high = 1, RATE_POINTS
-    best: tuple[Bitstream, bytes] | None = None
-    smallest = 0
-    while low <= high:
-        middle = (low + high) // 2
-        stream = await _encode(ready, EncodeJob(photo, middle, model), watch)
-        body = stream.to_bytes()
-        if len(body) <= budget:
-            best, low = (stream, body), middle + 1
-        else:
-            smallest, high = len(body), middle - 1
-    if best is None:
+
+    async def sizes(rates: Iterable[int]) -> list[tuple[Bitstream, bytes]]:
+        streams = await asyncio.gather(*(_encode(call, EncodeJob(photo, rate, model)) for rate in rates))
+        return [(stream, stream.to_bytes()) for stream in streams]
+
+    tried = await sizes(range(2, RATE_POINTS + 1, 2))
+    best = max((stream.rate for stream, body in tried if len(body) <= budget), default=0)
+    if best < RATE_POINTS:
+        tried += await sizes([best + 1])
+    fitting = [(stream, body) for stream, body in tried if len(body) <= budget]
+    if not fitting:
+        smallest = min(len(body) for _, body in tried)
         raise Problem(BUDGET, f"expected a budget of at least {smallest} bytes for this photo, got {budget}")
-    return best
+    return max(fitting, key=lambda pair: pair[0].rate)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
+from service.codec.shipped import latent_size
+from service.engine import Photo
 from service.errors import MALFORMED, TOO_MANY_PIXELS, Problem
+from service.exchange import body_schema, exchange
 from service.imaging import OutputFormat, write_photo
+from service.routes.accept import choose_format
 from service.routes.compress import degradation_header
-from service.routes.exchange import Stopwatch, body_schema, choose_format, read_body
 from service.state import ServiceDependency
 
 router = APIRouter()
@@ -33,21 +36,19 @@ async def decompress(
     ] = None,
 ) -> Response:
     """Restore the clean photo, at exactly the size it was uploaded with."""
-    ready = service.require()
     output = choose_format(accept)
     if quality is not None and output.default_quality is None:
         raise Problem(MALFORMED, f"quality: expected only with a lossy format, got it with {output.media_type}")
-    data = await read_body(request)
-    stream = Bitstream.from_bytes(data)
-    limit = service.settings.max_pixels
-    if stream.pixels > limit:
-        raise Problem(TOO_MANY_PIXELS, f"expected at most {limit} pixels, got {stream.width}x{stream.height}")
-    name = ready.engine.model_of(stream).entry.name
-    watch = Stopwatch("decompress", service.metrics)
-    done = await ready.decompress.submit(stream)
-    photo, times = done.result
-    watch.add_engine(done.queued, times)
-    body = await watch.in_thread("image_encode", lambda: write_photo(photo, output, quality))
+    async with exchange(request, service, "decompress") as call:
+        data = await call.body()
+        stream = Bitstream.from_bytes(data)
+        limit = service.settings.max_pixels
+        if stream.pixels > limit:
+            raise Problem(TOO_MANY_PIXELS, f"expected at most {limit} pixels, got {stream.width}x{stream.height}")
+        name = call.ready.engine.model_of(stream).entry.name
+        key = ("decompress", name, latent_size(stream.height, stream.width))
+        photo = cast(Photo, await call.submit(stream, key, pixels=stream.pixels, bytes=len(data) + 3 * stream.pixels))
+        body = await call.in_thread("image_encode", lambda: write_photo(photo, output, quality))
     metrics = service.metrics
     metrics.pixels.labels("decompress", name).inc(stream.pixels)
     metrics.bitstream_bytes.labels("decompress", name).inc(len(data))
@@ -55,7 +56,7 @@ async def decompress(
         "Limpid-Rate": str(stream.rate),
         "Limpid-Model": name,
         "Limpid-Degradation": degradation_header(stream),
-        "Server-Timing": watch.header(),
+        "Server-Timing": call.server_timing(),
         "Vary": "Accept",
     }
     return Response(body, media_type=output.media_type, headers=headers)

@@ -19,15 +19,15 @@ class Health(BaseModel):
 
 @router.get("/livez")
 async def livez(service: ServiceDependency) -> Health:
-    """200 while a restart would not help; 503 with the reason when the models cannot be loaded."""
-    if service.failure:
-        raise Problem(NOT_READY, service.failure)
+    """200 while a restart would not help; 503 with the reason when the models or the device failed."""
+    if reason := service.broken():
+        raise Problem(NOT_READY, reason)
     return Health(status="alive")
 
 
 @router.get("/readyz")
 async def readyz(service: ServiceDependency) -> Health:
-    """200 once every variant is on the device and has run; 503 with the reason before."""
+    """200 once every variant is on the device and has run; 503 with the reason before, and when draining or broken."""
     service.require()
     return Health(status="ready")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from service.codec.config import RATE_POINTS
 from service.engine import Model
+from service.exchange import check_key
 from service.state import ServiceDependency
 from service.store import Measurement
 
@@ -36,8 +37,9 @@ class Variants(BaseModel):
 
 
 @router.get("/variants")
-async def variants(service: ServiceDependency) -> Variants:
+async def variants(request: Request, service: ServiceDependency) -> Variants:
     """Every model on the device."""
+    check_key(request, service.settings)
     engine = service.require().engine
 
     def view(model: Model) -> ModelView:

@@ -1,0 +1,193 @@
+"""One request on its way: key, admission, deadline, body, the client's presence, and the time of every stage.
+
+    async with exchange(request, service, "compress") as call:
+        data = await call.body()
+        photo = await call.in_thread("image_decode", ...)
+        result = await call.submit(...)
+
+Whatever ends a request early (deadline, hang-up) cancels what it waits for; the batcher drops it before launch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Hashable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+
+from service.engine import StageTimes
+from service.errors import BAD_KEY, BODY_TIMEOUT, DEADLINE, EMPTY, MALFORMED, QUEUE_FULL, Problem
+from service.settings import Settings
+from service.state import Ready, Service, Work
+
+T = TypeVar("T")
+
+BODY_FIELD = "file"
+TIMEOUT_HEADER = "limpid-timeout"
+
+
+class ClientGone(Exception):
+    """The client hung up; there is no one to answer."""
+
+
+def body_schema(media_type: str, what: str) -> dict[str, object]:
+    """The OpenAPI request body of a call that takes `what` raw or as the multipart field `file`."""
+    binary = {"type": "string", "format": "binary"}
+    form = {"type": "object", "required": [BODY_FIELD], "properties": {BODY_FIELD: binary}}
+    content = {"multipart/form-data": {"schema": form}, media_type: {"schema": binary}}
+    return {"requestBody": {"required": True, "description": what, "content": content}}
+
+
+def check_key(request: Request, settings: Settings) -> None:
+    """Raises:
+    Problem: 401, keys are configured and the request shows none of them. Takes the same time for every wrong key.
+    """
+    if not settings.api_keys:
+        return
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    given = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    matches = [hmac.compare_digest(key.get_secret_value().encode(), given.encode()) for key in settings.api_keys]
+    if not any(matches):
+        raise Problem(
+            BAD_KEY, "expected a valid API key as Authorization: Bearer or X-API-Key", {"WWW-Authenticate": "Bearer"}
+        )
+
+
+def timeout_of(request: Request, settings: Settings) -> float:
+    """Seconds that the request may take: the service's limit, which the header `Limpid-Timeout` can only shorten.
+
+    Raises:
+        Problem: 400, the header is not a positive number of seconds.
+    """
+    stated = request.headers.get(TIMEOUT_HEADER)
+    if stated is None:
+        return settings.request_timeout_s
+    try:
+        seconds = float(stated)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise Problem(MALFORMED, f"{TIMEOUT_HEADER}: expected a positive number of seconds, got {stated!r}")
+    return min(seconds, settings.request_timeout_s)
+
+
+class Exchange:
+    """One admitted request; see the module. Made by `exchange` alone."""
+
+    def __init__(self, request: Request, service: Service, ready: Ready, operation: str, deadline: float) -> None:
+        self.request, self.service, self.ready, self.operation = request, service, ready, operation
+        self.deadline = deadline
+        self.phase = "body"
+        self.gone = False
+        self._seconds: dict[str, float] = {}
+        self._task = asyncio.current_task()
+        self.watcher: asyncio.Task[None] | None = None
+
+    async def body(self) -> bytes:
+        """The uploaded bytes: the multipart field `file`, or the raw body for any other content type.
+
+        Raises:
+            Problem: 400, no bytes or no such field; 408, it came too slowly. 413 comes from the middleware.
+        """
+        try:
+            async with asyncio.timeout(self.service.settings.body_timeout_s) as limit:
+                data = await self._read()
+        except TimeoutError:
+            if limit.expired():
+                seconds = self.service.settings.body_timeout_s
+                raise Problem(
+                    BODY_TIMEOUT, f"expected the body within {seconds:g} seconds", {"Connection": "close"}
+                ) from None
+            raise
+        if not data:
+            raise Problem(EMPTY, "expected a file in the body, got no bytes")
+        self.watcher = asyncio.create_task(self._watch())
+        return data
+
+    async def _read(self) -> bytes:
+        if not self.request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            return await self.request.body()
+        async with self.request.form(max_files=1, max_fields=8) as form:
+            upload = form.get(BODY_FIELD)
+            if not isinstance(upload, UploadFile):
+                raise Problem(MALFORMED, f"expected a multipart field {BODY_FIELD!r} with a file, got {sorted(form)}")
+            return await upload.read()
+
+    async def _watch(self) -> None:
+        """Cancel the request when its client hangs up."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        if self._task:
+            self._task.cancel()
+
+    async def in_thread(self, stage: str, work: Callable[[], T]) -> T:
+        """Run blocking `work` in an image thread and time it."""
+        self.phase = stage
+        started = time.perf_counter()
+        result = await asyncio.get_running_loop().run_in_executor(self.ready.image_threads, work)
+        self._add(stage, time.perf_counter() - started)
+        return result
+
+    async def submit(self, item: Work, key: Hashable, *, pixels: int, bytes: int) -> object:
+        """Send one item through the batcher; returns what the engine made of it."""
+        self.phase = "queue"
+        done = await self.ready.batcher.submit(item, key, pixels=pixels, bytes=bytes, deadline=self.deadline)
+        value, times = done.result
+        self._add("queue", done.queued)
+        self._add_engine(times)
+        return value
+
+    def _add_engine(self, times: StageTimes) -> None:
+        self._add("transform", times.transform)
+        self._add("entropy", times.entropy)
+
+    def _add(self, stage: str, seconds: float) -> None:
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+        self.service.metrics.stage_seconds.labels(self.operation, stage).observe(seconds)
+
+    def server_timing(self) -> str:
+        """The `Server-Timing` header (W3C): milliseconds per stage."""
+        return ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in self._seconds.items())
+
+
+@asynccontextmanager
+async def exchange(request: Request, service: Service, operation: str) -> AsyncIterator[Exchange]:
+    """Admit a request, before any of its body is read, and see it to its end.
+
+    Raises:
+        Problem: 401, 429, 503 at once; 504 when the deadline passes.
+        ClientGone: the client hung up.
+    """
+    check_key(request, service.settings)
+    ready = service.require()
+    timeout = timeout_of(request, service.settings)
+    if service.admitted >= service.settings.max_queue_items:
+        seconds = str(ready.batcher.retry_after())
+        raise Problem(
+            QUEUE_FULL, f"{service.admitted} requests are in progress, the most that may", {"Retry-After": seconds}
+        )
+    call = Exchange(request, service, ready, operation, time.monotonic() + timeout)
+    service.admitted += 1
+    try:
+        async with asyncio.timeout(timeout):
+            yield call
+    except TimeoutError:
+        raise Problem(DEADLINE, f"no answer within {timeout:g} seconds; it waited for: {call.phase}") from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if not call.gone or task is None:
+            raise
+        task.uncancel()
+        service.metrics.disconnects.labels(call.phase).inc()
+        raise ClientGone(call.phase) from None
+    finally:
+        service.admitted -= 1
+        if call.watcher:
+            call.watcher.cancel()

@@ -1,0 +1,69 @@
+"""The server process: uvicorn, with a shutdown that loses no admitted request.
+
+SIGTERM or SIGINT: `/readyz` and new requests get 503 while what was admitted is finished, for at most `drain_grace_s`;
+then the process exits with 0. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.app import create_app
+from service.logs import set_up_logging
+from service.settings import Settings
+from service.state import Service
+
+log = logging.getLogger("limpid")
+
+
+class DrainingServer(uvicorn.Server):
+    """Drains the service before uvicorn closes its sockets."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """For SIGINT and SIGTERM; does not chain to uvicorn, which would raise the signal again at its end."""
+        if self._service.draining:
+            self.force_exit = self.should_exit = True
+            return
+        log.info("draining", extra={"fields": {"signal": sig, "admitted": self._service.admitted}})
+        self._service.draining = True
+        self._service.metrics.ready.set(0)
+        self._drain_until = time.monotonic() + self._service.settings.drain_grace_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the server."""
+        if self._drain_until is not None:
+            left = self._service.admitted
+            if not left:
+                return True
+            if time.monotonic() > self._drain_until:
+                log.error("the grace period is over", extra={"fields": {"unanswered": left}})
+                return True
+        return await super().on_tick(counter)
+
+
+def serve(settings: Settings) -> None:
+    """Run the service until a signal ends it."""
+    set_up_logging(settings)
+    app: FastAPI = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+    server = DrainingServer(config, app.state.service)
+    asyncio.run(server.serve())
