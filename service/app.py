@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.batching import Batcher, DeviceBroken, Events, Limits
@@ -130,5 +131,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     for kind in (Problem, RequestValidationError, HTTPException, ValueError, RuntimeError):
         app.add_exception_handler(kind, answer)
+    if service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     app.add_middleware(RequestMiddleware, metrics=service.metrics, max_body_bytes=service.settings.max_body_bytes)
     return app

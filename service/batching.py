@@ -111,6 +111,7 @@ class Batcher(Generic[Item, Result]):
         self._buckets: dict[Hashable, deque[_Entry[Item, Result]]] = {}
         self._order = itertools.count()
         self._running: set[asyncio.Task[None]] = set()
+        self._pumping = False
         self._wake: asyncio.TimerHandle | None = None
         self._seconds_per_item = 0.0
         self.waiting_items = 0
@@ -142,7 +143,7 @@ class Batcher(Generic[Item, Result]):
         )
         self._buckets.setdefault(key, deque()).append(entry)
         self._count(entry, +1)
-        self._pump()
+        self._pump_soon()
         try:
             return await entry.future
         except asyncio.CancelledError:
@@ -177,8 +178,15 @@ class Batcher(Generic[Item, Result]):
         if not self._buckets[entry.key]:
             del self._buckets[entry.key]
 
+    def _pump_soon(self) -> None:
+        """Pump once the callbacks that are ready now have run, so that what is submitted together rides together."""
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
     def _pump(self) -> None:
         """Launch batches as long as the device has room and something waits."""
+        self._pumping = False
         while self._buckets and len(self._running) < self._limits.in_flight and not self.broken:
             key = min(self._buckets, key=lambda key: self._buckets[key][0].order)
             if self._waits_for_company(self._buckets[key]):

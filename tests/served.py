@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -15,8 +16,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def served() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Yield the base URL and the process, once `/readyz` says 200; stop it with SIGTERM afterwards.
+def served(**settings: object) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Yield base URL and process with `LIMPID_*` settings, once `/readyz` says 200; stop it with SIGTERM afterwards.
 
     Raises:
         RuntimeError: it ended or was not ready within two minutes; the message holds its log.
@@ -26,7 +27,8 @@ def served() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "service", "serve", "--port", str(port)]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        env = {**os.environ, **{f"LIMPID_{name.upper()}": str(value) for name, value in settings.items()}}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
         try:
             _wait(f"http://127.0.0.1:{port}", process)
             yield f"http://127.0.0.1:{port}", process
@@ -35,7 +37,7 @@ def served() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
             raise RuntimeError(f"{error}: {log.read().decode()}") from error
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            process.wait(60)
 
 
 def _wait(base: str, process: subprocess.Popen[bytes]) -> None:

@@ -77,9 +77,10 @@ def submit(batcher: Batcher[int, int], item: int, key: Hashable = "a", **options
 def test_an_idle_device_starts_at_once_and_a_busy_one_gathers() -> None:
     async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
         batcher = make()
-        tasks = [submit(batcher, item) for item in range(6)]
+        tasks = [submit(batcher, 0)]
         await settle()
         assert device.launches == [("a", [0])]
+        tasks += [submit(batcher, item) for item in range(1, 6)]
         await device.step()
         assert device.launches[1] == ("a", [1, 2, 3, 4, 5])
         await device.finish()
@@ -94,7 +95,10 @@ def test_the_bucket_with_the_oldest_head_goes_first_and_keys_never_mix() -> None
     async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
         batcher = make()
         keys = ["a", "b", "c", "b", "a", "c", "b"]
-        tasks = [submit(batcher, item, key) for item, key in enumerate(keys)]
+        tasks = []
+        for item, key in enumerate(keys):
+            tasks.append(submit(batcher, item, key))
+            await settle()
         await device.finish()
         await asyncio.gather(*tasks)
         assert device.launches == [("a", [0]), ("b", [1, 3, 6]), ("c", [2, 5]), ("a", [4])]
@@ -106,7 +110,10 @@ def test_caps_in_items_and_pixels_hold_but_one_large_item_still_runs() -> None:
     async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
         batcher = make(batch_items=3, batch_pixels=100)
         pixels = [500, 40, 40, 40, 10, 10, 10, 10]
-        tasks = [submit(batcher, item, pixels=size) for item, size in enumerate(pixels)]
+        tasks = []
+        for item, size in enumerate(pixels):
+            tasks.append(submit(batcher, item, pixels=size))
+            await settle()
         await device.finish()
         await asyncio.gather(*tasks)
         assert [items for _, items in device.launches] == [[0], [1, 2], [3, 4, 5], [6, 7]]
@@ -117,8 +124,10 @@ def test_caps_in_items_and_pixels_hold_but_one_large_item_still_runs() -> None:
 def test_two_batches_in_flight_overlap() -> None:
     async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
         batcher = make(in_flight=2)
-        tasks = [submit(batcher, item) for item in range(5)]
-        await settle()
+        tasks = []
+        for item in range(5):
+            tasks.append(submit(batcher, item))
+            await settle()
         assert device.launches == [("a", [0]), ("a", [1])]
         await device.finish()
         await asyncio.gather(*tasks)
@@ -132,8 +141,10 @@ def test_a_poisoned_item_fails_alone() -> None:
         batcher = make()
         device.poison = {5}
         first = submit(batcher, 100)
+        await settle()
         tasks = [submit(batcher, item) for item in range(8)]
         await device.finish()
+        assert device.launches[1] == ("a", list(range(8)))
         assert (await first).result == 1000
         for item, task in enumerate(tasks):
             if item == 5:
@@ -148,7 +159,9 @@ def test_a_poisoned_item_fails_alone() -> None:
 def test_a_cancelled_item_is_dropped_before_launch_and_frees_its_place() -> None:
     async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
         batcher = make(queue_items=3)
-        tasks = [submit(batcher, item, bytes=7) for item in range(4)]
+        tasks = [submit(batcher, 0, bytes=7)]
+        await settle()
+        tasks += [submit(batcher, item, bytes=7) for item in range(1, 4)]
         await settle()
         assert (batcher.waiting_items, batcher.waiting_bytes) == (3, 21)
         with pytest.raises(QueueFull):
@@ -168,7 +181,9 @@ def test_a_cancelled_item_is_dropped_before_launch_and_frees_its_place() -> None
 def test_an_expired_item_is_told_so_and_not_run() -> None:
     async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
         batcher = make()
-        tasks = [submit(batcher, 0), submit(batcher, 1, deadline=5), submit(batcher, 2, deadline=50)]
+        tasks = [submit(batcher, 0)]
+        await settle()
+        tasks += [submit(batcher, 1, deadline=5), submit(batcher, 2, deadline=50)]
         await device.step(10)
         await device.finish()
         with pytest.raises(DeadlineExceeded):
@@ -186,7 +201,9 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         await device.step(3)
         await device.step(3)
         await asyncio.gather(*done)
-        tasks = [submit(batcher, item, bytes=10) for item in range(5)]
+        tasks = [submit(batcher, 0, bytes=10)]
+        await settle()
+        tasks += [submit(batcher, item, bytes=10) for item in range(1, 5)]
         await settle()
         with pytest.raises(QueueFull, match="4 requests wait") as caught:
             await batcher.submit(9, "a")
@@ -205,6 +222,7 @@ def test_a_broken_device_is_told_to_everyone_and_stays_broken() -> None:
         batcher = make()
         tasks = [submit(batcher, item, key) for item, key in enumerate("aab")]
         await settle()
+        tasks.append(submit(batcher, 3))
         device.broken = True
         await device.finish()
         for task in tasks:
@@ -231,6 +249,19 @@ def test_draining_finishes_what_was_admitted_and_refuses_the_rest() -> None:
         await device.finish()
         await drained
         assert [(await task).result for task in tasks] == [0, 10, 20, 30, 40]
+
+    simulate(scenario)
+
+
+def test_items_that_are_submitted_together_ride_together() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make(in_flight=2)
+        await settle()
+        together = asyncio.gather(*(batcher.submit(item, "a") for item in range(4)))
+        await settle()
+        assert device.launches == [("a", [0, 1, 2, 3])]
+        await device.finish()
+        await together
 
     simulate(scenario)
 

@@ -1,0 +1,120 @@
+"""Keys, CORS, failures of the device, and what one bad item does to its batch, through the whole app."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.codec.bitstream import Bitstream
+from service.engine import DeviceFailure, EncodeJob, Engine, Photo, StageTimes
+from service.settings import Settings
+from service.state import Service
+from tests.conftest import image_bytes
+
+KEYS = "first-key,second-key"
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    """An app of its own, with keys and one CORS origin."""
+    monkeypatch.setenv("LIMPID_API_KEYS", KEYS)
+    monkeypatch.setenv("LIMPID_CORS_ORIGINS", "https://example.org")
+    with TestClient(create_app(Settings()), raise_server_exceptions=False) as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.1)
+        client.headers["X-API-Key"] = "second-key"
+        yield client
+
+
+def state(client: TestClient) -> Service:
+    service: Service = client.app.state.service  # type: ignore[attr-defined]
+    return service
+
+
+def test_a_key_is_needed_where_keys_are_set(own: TestClient, bikes: Photo) -> None:
+    data = image_bytes(bikes)
+    assert own.post("/compress", content=data).status_code == 200
+    bearer = {"Authorization": "Bearer first-key", "X-API-Key": ""}
+    assert own.post("/compress", content=data, headers=bearer).status_code == 200
+    for wrong in ({"X-API-Key": "third"}, {"X-API-Key": ""}, {"X-API-Key": "", "Authorization": "Basic first-key"}):
+        answer = own.post("/compress", content=data, headers=wrong)
+        assert answer.status_code == 401
+        assert answer.json()["type"] == "urn:limpid:problem:invalid-api-key"
+        assert "first-key" not in answer.text
+        assert own.get("/variants", headers=wrong).status_code == 401
+    for open_path in ("/livez", "/readyz", "/metrics"):
+        assert own.get(open_path, headers={"X-API-Key": ""}).status_code == 200
+
+
+def test_cors_is_off_unless_an_origin_is_set(own: TestClient, client: TestClient) -> None:
+    origin = {"Origin": "https://example.org"}
+    assert own.get("/variants", headers=origin).headers["access-control-allow-origin"] == "https://example.org"
+    assert "access-control-allow-origin" not in own.get("/variants", headers={"Origin": "https://evil.org"}).headers
+    assert "access-control-allow-origin" not in client.get("/variants", headers=origin).headers
+
+
+def test_seven_of_eight_succeed_beside_a_poisoned_item(
+    own: TestClient, monkeypatch: pytest.MonkeyPatch, parrots: Photo
+) -> None:
+    """Two slow requests keep the device busy; eight gather behind them in one batch, and one of them fails it."""
+    encode = Engine.encode
+    batches = []
+
+    def injected(self: Engine, jobs: Sequence[EncodeJob], times: StageTimes | None = None) -> list[Bitstream]:
+        batches.append(len(jobs))
+        if jobs[0].photo.shape[0] == 256:
+            time.sleep(1.0)
+        if any((job.photo[0, 0] == 77).all() for job in jobs):
+            raise RuntimeError("poison")
+        return encode(self, jobs, times)
+
+    monkeypatch.setattr(Engine, "encode", injected)
+    uploads = [parrots[:64, k : k + 64].copy() for k in range(8)]
+    uploads[3][0, 0] = 77
+    with ThreadPoolExecutor(10) as pool:
+        slow = [pool.submit(own.post, "/compress", content=image_bytes(parrots)) for _ in range(2)]
+        time.sleep(0.4)
+        answers = [pool.submit(own.post, "/compress", content=image_bytes(upload)) for upload in uploads]
+        statuses = [answer.result().status_code for answer in answers]
+        assert [one.result().status_code for one in slow] == [200, 200]
+    assert statuses == [200, 200, 200, 500, 200, 200, 200, 200]
+    assert 8 in batches
+    assert 'limpid_batch_retries_total{reason="error"} 3.0' in own.get("/metrics").text
+
+
+def test_a_failed_device_turns_the_service_unready_for_good(
+    own: TestClient, monkeypatch: pytest.MonkeyPatch, bikes: Photo
+) -> None:
+    def failing(*_: object) -> None:
+        raise DeviceFailure("cuda:0: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Engine, "encode", failing)
+    answer = own.post("/compress", content=image_bytes(bikes))
+    assert answer.status_code == 503
+    for path in ("/readyz", "/livez"):
+        health = own.get(path)
+        assert health.status_code == 503
+        assert "illegal memory access" in health.json()["detail"]
+
+
+def test_a_budget_takes_two_device_passes(own: TestClient, monkeypatch: pytest.MonkeyPatch, bikes: Photo) -> None:
+    passes = []
+    encode = Engine.encode
+
+    def counted(self: Engine, jobs: Sequence[EncodeJob], times: StageTimes | None = None) -> list[Bitstream]:
+        passes.append([job.rate for job in jobs])
+        time.sleep(0.05)
+        return encode(self, jobs, times)
+
+    data = image_bytes(np.tile(bikes, (2, 2, 1)))
+    size = len(own.post("/compress", content=data, params={"rate": 5}).content)
+    monkeypatch.setattr(Engine, "encode", counted)
+    answer = own.post("/compress", content=data, params={"max_bytes": size})
+    assert answer.headers["limpid-rate"] == "5"
+    assert passes == [[2, 4, 6, 8], [5]]

@@ -1,0 +1,152 @@
+"""`service.server` and what surrounds a request, on a real server: drain, deadlines, slow and vanishing clients."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import httpx2
+import numpy as np
+import pytest
+
+from service.codec.bitstream import MEDIA_TYPE
+from service.engine import Photo
+from tests.conftest import image_bytes
+from tests.served import served
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with served(body_timeout_s=1, request_timeout_s=20, max_queue_items=24) as (base, _):
+        yield base
+
+
+def connect(base: str) -> socket.socket:
+    url = urlsplit(base)
+    return socket.create_connection((url.hostname or "", url.port or 0), timeout=20)
+
+
+def metric(base: str, name: str) -> float:
+    lines = httpx2.get(f"{base}/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def test_sigterm_loses_no_admitted_request_and_exits_with_0(parrots: Photo) -> None:
+    upload = image_bytes(np.tile(parrots, (2, 2, 1)))
+    with served() as (base, process):
+        with ThreadPoolExecutor(12) as pool:
+            posts = [pool.submit(httpx2.post, f"{base}/compress", content=upload, timeout=60) for _ in range(12)]
+            deadline = time.monotonic() + 20
+            while metric(base, 'limpid_requests_in_progress{operation="compress"}') < 12:
+                assert time.monotonic() < deadline
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.15)
+            refused = httpx2.get(f"{base}/readyz")
+            assert refused.status_code == 503
+            assert refused.json()["type"] == "urn:limpid:problem:draining"
+            answers = [post.result() for post in posts]
+        assert [answer.status_code for answer in answers] == [200] * 12
+        assert process.wait(20) == 0
+
+
+def test_a_slow_body_is_cut_off(server: str) -> None:
+    with connect(server) as client:
+        client.sendall(b"POST /compress HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
+        started = time.monotonic()
+        for _ in range(3):
+            client.sendall(b"x")
+            time.sleep(0.2)
+        answer = client.recv(65536)
+        assert 0.8 < time.monotonic() - started < 5
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"body-timeout" in answer
+
+
+def test_the_client_can_shorten_the_deadline_but_not_lengthen_it(server: str, parrots: Photo) -> None:
+    upload = image_bytes(np.tile(parrots, (4, 4, 1)))
+    late = httpx2.post(f"{server}/compress", content=upload, headers={"Limpid-Timeout": "0.02"})
+    assert late.status_code == 504
+    assert late.json()["type"] == "urn:limpid:problem:deadline-exceeded"
+    assert httpx2.post(f"{server}/compress", content=upload, headers={"Limpid-Timeout": "900"}).status_code == 200
+    for wrong in ("soon", "-1", "0", "nan"):
+        assert httpx2.post(f"{server}/compress", content=upload, headers={"Limpid-Timeout": wrong}).status_code == 400
+
+
+def test_a_client_that_hangs_up_frees_its_place(server: str, parrots: Photo) -> None:
+    upload = image_bytes(np.tile(parrots, (4, 4, 1)))
+    head = f"POST /compress HTTP/1.1\r\nHost: x\r\nContent-Length: {len(upload)}\r\n\r\n".encode()
+    before = metric(server, "limpid_client_disconnects_total")
+    for _ in range(6):
+        with connect(server) as client:
+            client.sendall(head + upload)
+            time.sleep(0.05)
+    deadline = time.monotonic() + 20
+    while metric(server, 'limpid_requests_in_progress{operation="compress"}') or metric(server, "limpid_queue_items"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert metric(server, "limpid_client_disconnects_total") > before
+    assert httpx2.post(f"{server}/compress", content=image_bytes(parrots)).status_code == 200
+
+
+def test_a_burst_gets_429_at_once_or_a_right_answer(server: str, parrots: Photo) -> None:
+    upload = image_bytes(np.tile(parrots, (2, 2, 1)))
+    barrier = threading.Barrier(60)
+    quick: list[float] = []
+
+    def post() -> httpx2.Response:
+        barrier.wait()
+        started = time.monotonic()
+        answer = httpx2.post(f"{server}/compress", content=upload, timeout=60)
+        if answer.status_code == 429:
+            quick.append(time.monotonic() - started)
+        return answer
+
+    with ThreadPoolExecutor(60) as pool:
+        answers = [future.result() for future in [pool.submit(post) for _ in range(60)]]
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= 24
+    for answer in answers:
+        if answer.status_code == 200:
+            assert answer.headers["content-type"] == MEDIA_TYPE
+        else:
+            assert answer.json()["type"] == "urn:limpid:problem:queue-full"
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert metric(server, "limpid_batch_size_count") < metric(server, "limpid_batch_size_sum")  # it did batch
+
+
+def test_the_log_is_one_json_object_per_request(tmp_path, parrots: Photo) -> None:  # type: ignore[no-untyped-def]
+    import os
+    import subprocess
+    import sys
+
+    log = tmp_path / "log"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with log.open("w") as stream:
+        command = [sys.executable, "-m", "service", "serve", "--port", str(port)]
+        process = subprocess.Popen(command, stderr=stream, env={**os.environ})
+        try:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                try:
+                    if httpx2.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                        break
+                except httpx2.HTTPError:
+                    time.sleep(0.1)
+            httpx2.post(f"http://127.0.0.1:{port}/compress", content=b"x", headers={"X-Request-ID": "gate-1"})
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    (event,) = [event for event in events if event.get("request_id") == "gate-1"]
+    assert (event["status"], event["path"], event["bytes_in"]) == (415, "/compress", 1)
+    assert any(event["message"] == "ready" for event in events)
+    assert any(event["message"] == "draining" for event in events)
