@@ -21,17 +21,6 @@ INPUT_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP")
 Image.MAX_IMAGE_PIXELS = None  # `read_photo` has its own limit and applies it before decoding
 
 _SRGB = ImageCms.createProfile("sRGB")
-_DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    KeyError,
-    IndexError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-)
 
 
 class ImageError(ValueError):
@@ -76,7 +65,7 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
         raise NotAnImage(
             f"expected an image ({', '.join(INPUT_FORMATS)}), got {len(data)} bytes of something else"
         ) from None
-    except _DECODER_ERRORS as error:
+    except Exception as error:  # Pillow's plugins raise whatever their libraries do
         raise CorruptImage(f"the image header is damaged: {error}") from error
     with image:
         if image.width * image.height > max_pixels:
@@ -85,7 +74,7 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
             image.load()
             upright = ImageOps.exif_transpose(image)
             return _to_srgb(upright)
-        except _DECODER_ERRORS as error:
+        except Exception as error:
             raise CorruptImage(f"the {image.format} file is damaged: {error}") from error
 
 
