@@ -39,9 +39,14 @@ class Curve:
     setting: tuple[int, ...]
 
     def psnr_at(self, bpp: float) -> float | None:
-        """PSNR at a rate by PCHIP over log rate; None outside the measured rates."""
-        if not self.bpp[0] <= bpp <= self.bpp[-1]:
+        """PSNR at a rate by PCHIP over log rate.
+
+        Above the measured rates it is that of the largest, which the budget also allows; None below the smallest.
+        """
+        if bpp < self.bpp[0]:
             return None
+        if bpp > self.bpp[-1]:
+            return self.psnr[-1]
         return float(PchipInterpolator(np.log(self.bpp), self.psnr)(np.log(bpp)))
 
 

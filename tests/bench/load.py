@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 import httpx2
 import numpy as np
