@@ -7,11 +7,13 @@ of the inside.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service.batching import DeviceBroken, Draining, QueueFull
@@ -54,6 +56,10 @@ OUT_OF_MEMORY = Kind("out-of-memory", 503, "Out of memory")
 DEADLINE = Kind("deadline-exceeded", 504, "Deadline exceeded")
 INTERNAL = Kind("internal-error", 500, "Internal error")
 
+EXCHANGE = (MALFORMED, EMPTY, BAD_KEY, BODY_TIMEOUT, TOO_LARGE, UNKNOWN_MODEL, TOO_MANY_PIXELS, QUEUE_FULL,
+            NOT_READY, DRAINING, OUT_OF_MEMORY, DEADLINE)  # fmt: skip
+"""What both calls may answer with."""
+
 _TABLE: tuple[tuple[type[Exception], Kind], ...] = (  # the first match counts, so subclasses come first
     (UnknownModel, UNKNOWN_MODEL),
     (NotABitstream, NOT_A_BITSTREAM),
@@ -68,6 +74,30 @@ _TABLE: tuple[tuple[type[Exception], Kind], ...] = (  # the first match counts, 
     (torch.OutOfMemoryError, OUT_OF_MEMORY),
 )
 _STATUSES = {404: NOT_FOUND, 405: METHOD}
+
+
+class ProblemBody(BaseModel):
+    """RFC 9457: what every problem's body holds. `type` is stable; `request_id` is also in `X-Request-ID`."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+
+
+def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI responses of a call for the kinds of problems it may answer with."""
+    by_status: dict[int, list[Kind]] = {}
+    for kind in kinds:
+        by_status.setdefault(kind.status, []).append(kind)
+    return {
+        status: {
+            "description": "; ".join(kind.title for kind in listed) + ".",
+            "content": {PROBLEM_MEDIA_TYPE: {"schema": ProblemBody.model_json_schema()}},
+        }
+        for status, listed in by_status.items()
+    }
 
 
 class Problem(Exception):
@@ -97,11 +127,11 @@ def problem_of(error: Exception) -> Problem:
 
 def problem_response(problem: Problem, request: Request) -> JSONResponse:
     """The answer for a problem, with the request's id in its body."""
-    body = {
-        "type": f"urn:limpid:problem:{problem.kind.slug}",
-        "title": problem.kind.title,
-        "status": problem.kind.status,
-        "detail": problem.detail,
-        "request_id": getattr(request.state, "request_id", ""),
-    }
-    return JSONResponse(body, problem.kind.status, problem.headers, media_type=PROBLEM_MEDIA_TYPE)
+    body = ProblemBody(
+        type=f"urn:limpid:problem:{problem.kind.slug}",
+        title=problem.kind.title,
+        status=problem.kind.status,
+        detail=problem.detail,
+        request_id=getattr(request.state, "request_id", ""),
+    )
+    return JSONResponse(body.model_dump(), problem.kind.status, problem.headers, media_type=PROBLEM_MEDIA_TYPE)

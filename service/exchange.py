@@ -32,15 +32,17 @@ BODY_FIELD = "file"
 TIMEOUT_HEADER = "limpid-timeout"
 
 
+BINARY = {"type": "string", "format": "binary"}
+
+
 class ClientGone(Exception):
     """The client hung up; there is no one to answer."""
 
 
 def body_schema(media_type: str, what: str) -> dict[str, object]:
     """The OpenAPI request body of a call that takes `what` raw or as the multipart field `file`."""
-    binary = {"type": "string", "format": "binary"}
-    form = {"type": "object", "required": [BODY_FIELD], "properties": {BODY_FIELD: binary}}
-    content = {"multipart/form-data": {"schema": form}, media_type: {"schema": binary}}
+    form = {"type": "object", "required": [BODY_FIELD], "properties": {BODY_FIELD: BINARY}}
+    content = {"multipart/form-data": {"schema": form}, media_type: {"schema": BINARY}}
     return {"requestBody": {"required": True, "description": what, "content": content}}
 
 
@@ -174,7 +176,9 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
             QUEUE_FULL, f"{service.admitted} requests are in progress, the most that may", {"Retry-After": seconds}
         )
     call = Exchange(request, service, ready, operation, time.monotonic() + timeout)
+    in_progress = service.metrics.in_progress.labels(operation)
     service.admitted += 1
+    in_progress.inc()
     try:
         async with asyncio.timeout(timeout):
             yield call
@@ -189,5 +193,6 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
         raise ClientGone(call.phase) from None
     finally:
         service.admitted -= 1
+        in_progress.dec()
         if call.watcher:
             call.watcher.cancel()

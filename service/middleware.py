@@ -59,8 +59,6 @@ class RequestMiddleware:
             answered += len(message.get("body", b""))
             await send(message)
 
-        in_progress = self.metrics.in_progress.labels(operation)
-        in_progress.inc()
         try:
             stated = request.headers.get("content-length", "")
             if stated.isdigit() and int(stated) > self.max_body_bytes:
@@ -81,7 +79,6 @@ class RequestMiddleware:
             await problem_response(problem, request)(scope, receive, counted_send)
         finally:
             seconds = time.perf_counter() - started
-            in_progress.dec()
             self.metrics.requests.labels(operation, str(status)).inc()
             if operation != "other":
                 self.metrics.request_seconds.labels(operation).observe(seconds)

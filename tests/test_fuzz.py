@@ -1,11 +1,33 @@
-"""A bounded, seeded share of `tests/bench/fuzz.py`."""
+"""A bounded, seeded share of `tests/bench/fuzz.py`, and every call of the served OpenAPI under Schemathesis."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.testclient import TestClient
 
+from service.app import create_app
 from tests.bench import fuzz
+from tests.served import served
+
+schema = schemathesis.openapi.from_dict(create_app().openapi())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with served(max_pixels=1_000_000, max_body_bytes=2**20) as (base, _):
+        yield base
+
+
+@schema.parametrize()
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_call_keeps_its_openapi_promises(case: schemathesis.Case, server: str) -> None:
+    """All checks but one: random bytes fit the schema's `binary` and still are no photo."""
+    case.call_and_validate(base_url=server, excluded_checks=[positive_data_acceptance])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -12,8 +12,8 @@ from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.codec.config import RATE_POINTS
 from service.codec.shipped import latent_size
 from service.engine import EncodeJob, Photo
-from service.errors import BUDGET, MALFORMED, Problem
-from service.exchange import Exchange, body_schema, exchange
+from service.errors import BUDGET, CORRUPT_IMAGE, EXCHANGE, MALFORMED, NOT_AN_IMAGE, Problem, documented
+from service.exchange import BINARY, Exchange, body_schema, exchange
 from service.imaging import read_photo
 from service.state import ServiceDependency
 
@@ -25,7 +25,10 @@ DEFAULT_RATE = 4
 @router.post(
     "/compress",
     response_class=Response,
-    responses={200: {"content": {MEDIA_TYPE: {}}, "description": "The bitstream."}},
+    responses={
+        200: {"content": {MEDIA_TYPE: {"schema": BINARY}}, "description": "The bitstream."},
+        **documented(*EXCHANGE, NOT_AN_IMAGE, CORRUPT_IMAGE, BUDGET),
+    },
     openapi_extra=body_schema("image/*", "A photo: JPEG, PNG, WebP, AVIF, TIFF or BMP."),
 )
 async def compress(

@@ -9,8 +9,18 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.codec.shipped import latent_size
 from service.engine import Photo
-from service.errors import MALFORMED, TOO_MANY_PIXELS, Problem
-from service.exchange import body_schema, exchange
+from service.errors import (
+    CORRUPT_BITSTREAM,
+    EXCHANGE,
+    MALFORMED,
+    NOT_A_BITSTREAM,
+    NOT_ACCEPTABLE,
+    TOO_MANY_PIXELS,
+    UNSUPPORTED_VERSION,
+    Problem,
+    documented,
+)
+from service.exchange import BINARY, body_schema, exchange
 from service.imaging import OutputFormat, write_photo
 from service.routes.accept import choose_format
 from service.routes.compress import degradation_header
@@ -22,7 +32,13 @@ router = APIRouter()
 @router.post(
     "/decompress",
     response_class=Response,
-    responses={200: {"content": {output.media_type: {} for output in OutputFormat}, "description": "The clean photo."}},
+    responses={
+        200: {
+            "content": {output.media_type: {"schema": BINARY} for output in OutputFormat},
+            "description": "The clean photo.",
+        },
+        **documented(*EXCHANGE, NOT_ACCEPTABLE, NOT_A_BITSTREAM, CORRUPT_BITSTREAM, UNSUPPORTED_VERSION),
+    },
     openapi_extra=body_schema(MEDIA_TYPE, "A bitstream of POST /compress."),
 )
 async def decompress(

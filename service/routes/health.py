@@ -7,7 +7,7 @@ from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
-from service.errors import NOT_READY, Problem
+from service.errors import DRAINING, NOT_READY, Problem, documented
 from service.state import ServiceDependency
 
 router = APIRouter()
@@ -17,7 +17,7 @@ class Health(BaseModel):
     status: str
 
 
-@router.get("/livez")
+@router.get("/livez", responses=documented(NOT_READY))
 async def livez(service: ServiceDependency) -> Health:
     """200 while a restart would not help; 503 with the reason when the models or the device failed."""
     if reason := service.broken():
@@ -25,14 +25,14 @@ async def livez(service: ServiceDependency) -> Health:
     return Health(status="alive")
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses=documented(NOT_READY, DRAINING))
 async def readyz(service: ServiceDependency) -> Health:
     """200 once every variant is on the device and has run; 503 with the reason before, and when draining or broken."""
     service.require()
     return Health(status="ready")
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(service: ServiceDependency) -> Response:
     """All series in the Prometheus text format."""
     service.metrics.observe_gpu_memory()

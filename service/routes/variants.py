@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from service.codec.config import RATE_POINTS
 from service.engine import Model
+from service.errors import BAD_KEY, DRAINING, NOT_READY, documented
 from service.exchange import check_key
 from service.state import ServiceDependency
 from service.store import Measurement
@@ -36,7 +37,7 @@ class Variants(BaseModel):
     models: list[ModelView]
 
 
-@router.get("/variants")
+@router.get("/variants", responses=documented(BAD_KEY, NOT_READY, DRAINING))
 async def variants(request: Request, service: ServiceDependency) -> Variants:
     """Every model on the device."""
     check_key(request, service.settings)
