@@ -52,7 +52,7 @@ $(VENV)/run.stamp: pyproject.toml $(VENV)/torch.stamp
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
-	$(PIP) --editable '.[dev,evaluation]'
+	$(PIP) --editable '.[dev,evaluation,otel]'
 	touch $@ $(VENV)/run.stamp
 
 clean:

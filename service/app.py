@@ -30,6 +30,7 @@ from service.routes import compress, decompress, health, variants
 from service.settings import Settings
 from service.state import Product, Ready, Service, Work
 from service.store import ModelStore
+from service.tracing import set_up_tracing
 
 log = logging.getLogger("limpid")
 
@@ -139,5 +140,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["*"],
         )
+    if service.settings.otlp_endpoint:
+        service.stage_span = set_up_tracing(app, service.settings.otlp_endpoint)
     app.add_middleware(RequestMiddleware, metrics=service.metrics, max_body_bytes=service.settings.max_body_bytes)
     return app

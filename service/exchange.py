@@ -153,6 +153,7 @@ class Exchange:
     def _add(self, stage: str, seconds: float) -> None:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
         self.service.metrics.stage_seconds.labels(self.operation, stage).observe(seconds)
+        self.service.stage_span(stage, seconds)
 
     def server_timing(self) -> str:
         """The `Server-Timing` header (W3C): milliseconds per stage."""

@@ -62,7 +62,9 @@ class Metrics:
         self.bits_per_pixel = histogram(
             "bits_per_pixel", "Bitstream bits over photo pixels.", _BITS_PER_PIXEL, "model", "rate"
         )
-        self.in_progress = gauge("requests_in_progress", "Requests between their admission and their answer.", "operation")
+        self.in_progress = gauge(
+            "requests_in_progress", "Requests between their admission and their answer.", "operation"
+        )
         self.queue_items = gauge("queue_items", "Requests waiting for the device.")
         self.queue_bytes = gauge("queue_bytes", "Bytes of photos and bitstreams waiting for the device.")
         self.ready = gauge("ready", "1 when the service answers requests, else 0.")

@@ -29,6 +29,7 @@ class Settings(BaseSettings):
         drain_grace_s: seconds that admitted requests have to finish after SIGTERM.
         api_keys: comma-separated; where there are any, a request needs one as `Authorization: Bearer` or `X-API-Key`.
         cors_origins: comma-separated origins whose pages may call the service; none by default.
+        otlp_endpoint: where OpenTelemetry traces go, over OTLP/HTTP; needs the extra `limpid[otel]`.
         host, port: where `serve` listens.
         log_level, log_format: of the service's log on standard error.
     """
@@ -51,6 +52,7 @@ class Settings(BaseSettings):
     drain_grace_s: float = Field(30, ge=0)
     api_keys: Annotated[list[SecretStr], NoDecode] = []
     cors_origins: Annotated[list[str], NoDecode] = []
+    otlp_endpoint: str | None = None
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

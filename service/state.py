@@ -14,6 +14,7 @@ from service.engine import EncodeJob, Engine, Photo, StageTimes
 from service.errors import DRAINING, NOT_READY, Problem
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tracing import StageSpan, no_span
 
 Work = EncodeJob | Bitstream
 Product = tuple[Bitstream | Photo, StageTimes]
@@ -33,6 +34,7 @@ class Service:
     """What the routes share.
 
     Attributes:
+        stage_span: records the stages of a request in its trace.
         ready: None while the models load, or for good with a `failure` that says why.
         admitted: requests between their admission and their answer.
         draining: set by SIGTERM; nothing more is admitted.
@@ -40,6 +42,7 @@ class Service:
 
     settings: Settings
     metrics: Metrics = field(default_factory=Metrics)
+    stage_span: StageSpan = no_span
     ready: Ready | None = None
     failure: str | None = None
     admitted: int = 0
