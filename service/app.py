@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -25,6 +25,7 @@ from service.batching import Batcher, DeviceBroken, Events, Limits
 from service.codec.bitstream import Bitstream
 from service.engine import DeviceFailure, EncodeJob, Engine, StageTimes
 from service.errors import INTERNAL, Problem, problem_of, problem_response
+from service.exchange import CLIENT_GONE, ClientGone
 from service.middleware import RequestMiddleware
 from service.routes import compress, decompress, health, variants
 from service.settings import Settings
@@ -123,14 +124,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for module in (compress, decompress, variants, health):
         app.include_router(module.router)
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientGone):
+            return Response(status_code=CLIENT_GONE)
         problem = problem_of(error)
         if problem.kind is INTERNAL:
             log.error("request failed", exc_info=error, extra={"fields": {"request_id": request.state.request_id}})
         service.metrics.rejected.labels(problem.kind.slug).inc()
         return problem_response(problem, request)
 
-    for kind in (Problem, RequestValidationError, HTTPException, ValueError, RuntimeError):
+    for kind in (Problem, ClientGone, RequestValidationError, HTTPException, ValueError, RuntimeError, Exception):
         app.add_exception_handler(kind, answer)
     if service.settings.cors_origins:
         app.add_middleware(

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
 
 from service.engine import StageTimes
 from service.errors import BAD_KEY, BODY_TIMEOUT, DEADLINE, EMPTY, MALFORMED, QUEUE_FULL, Problem
@@ -33,6 +34,10 @@ TIMEOUT_HEADER = "limpid-timeout"
 
 
 BINARY = {"type": "string", "format": "binary"}
+
+
+CLIENT_GONE = 499
+"""The status that a request is counted under when its client closed it, as nginx does."""
 
 
 class ClientGone(Exception):
@@ -185,11 +190,12 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
             yield call
     except TimeoutError:
         raise Problem(DEADLINE, f"no answer within {timeout:g} seconds; it waited for: {call.phase}") from None
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if not call.gone or task is None:
-            raise
-        task.uncancel()
+    except (asyncio.CancelledError, ClientDisconnect) as error:
+        if isinstance(error, asyncio.CancelledError):
+            task = asyncio.current_task()
+            if not call.gone or task is None:
+                raise
+            task.uncancel()
         service.metrics.disconnects.labels(call.phase).inc()
         raise ClientGone(call.phase) from None
     finally:

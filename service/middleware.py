@@ -14,7 +14,6 @@ from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import INTERNAL, TOO_LARGE, Problem, problem_of, problem_response
-from service.exchange import ClientGone
 from service.metrics import Metrics
 
 log = logging.getLogger("limpid")
@@ -67,8 +66,6 @@ class RequestMiddleware:
                 await problem_response(problem, request)(scope, receive, counted_send)
             else:
                 await self.app(scope, limited_receive, counted_send)
-        except ClientGone:
-            status = 499  # as nginx counts a client that closed the request
         except Exception as error:
             problem = problem_of(error)
             if problem.kind is INTERNAL:

@@ -90,7 +90,14 @@ def test_a_client_that_hangs_up_frees_its_place(server: str, parrots: Photo) -> 
     while metric(server, 'limpid_requests_in_progress{operation="compress"}') or metric(server, "limpid_queue_items"):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    with connect(server) as client:
+        client.sendall(head + upload[: len(upload) // 2])  # gone in the middle of its body
+    while metric(server, 'limpid_requests_in_progress{operation="compress"}'):
+        time.sleep(0.1)
     assert metric(server, "limpid_client_disconnects_total") > before
+    assert metric(server, 'limpid_client_disconnects_total{phase="body"}') == 1
+    assert metric(server, 'limpid_http_requests_total{operation="compress",status="499"}') >= 2
+    assert metric(server, 'limpid_http_requests_total{operation="compress",status="500"}') == 0
     assert httpx2.post(f"{server}/compress", content=image_bytes(parrots)).status_code == 200
 
 
