@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--start-from", type=Path, help="checkpoint of another run to take the weights from")
+    parser.add_argument("--start-from", type=Path, help="weights to start with: a checkpoint.pt, or a file of states/")
     args = parser.parse_args()
     train(
         photos=args.photos,

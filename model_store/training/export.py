@@ -1,6 +1,7 @@
 """`python -m model_store.training.export`: put the EMA weights of a run into a store as a new model.
 
 Old models stay, so that old bitstreams stay readable; the new one becomes the default unless told otherwise.
+`states/SIZE.safetensors` beside this file keeps the weights from which training can go on (`--start-from`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from model_store.training.weights import keep_weights
 from service.codec.config import CONFIGS
 from service.codec.model import TrainableCodec
 from service.codec.shipped import ShippedCodec, ship
 
 STORE = Path(__file__).parents[1]
+STATES = Path(__file__).parent / "states"
 
 
 def export(checkpoint: Path, name: str, store: Path, make_default: bool = True) -> dict[str, object]:
@@ -65,7 +68,9 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=STORE)
     parser.add_argument("--keep-default", action="store_true", help="do not make it the store's default")
     args = parser.parse_args()
-    print(json.dumps(export(args.checkpoint, args.name, args.store, not args.keep_default), indent=2))
+    entry = export(args.checkpoint, args.name, args.store, not args.keep_default)
+    keep_weights(args.checkpoint, STATES / f"{entry['size']}.safetensors")
+    print(json.dumps(entry, indent=2))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from model_store.degradations import TRAINING, Kind, degrade
 from model_store.training.loss import balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool
 from model_store.training.warm_start import warm_start
+from model_store.training.weights import read_weights
 from service.codec.config import CONFIGS, RATE_POINTS
 from service.codec.model import TrainableCodec
 
@@ -150,7 +151,7 @@ def train(
     model.to(memory_format=torch.channels_last)
     if not path.exists():
         if start_from:
-            model.load_state_dict(torch.load(start_from, map_location=where, weights_only=True)["ema"])
+            model.load_state_dict(read_weights(start_from))
         else:
             warm_start(model, pool)
     optimizer = torch.optim.AdamW(_groups(model, schedule), betas=(0.9, 0.98), weight_decay=0.01, fused=True)

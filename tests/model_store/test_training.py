@@ -15,6 +15,7 @@ from model_store.training.loop import Schedule, train
 from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool
 from model_store.training.warm_start import warm_start
+from model_store.training.weights import keep_weights, read_weights
 from service.codec.config import CONFIGS
 from service.codec.model import TrainableCodec
 from service.engine import EncodeJob, Engine, Photo
@@ -115,6 +116,19 @@ def test_an_exported_run_is_a_model_that_the_service_loads(
     assert back.shape == bikes.shape
     with pytest.raises(ValueError, match="does not have yet"):
         export(checkpoint, "tiny-1", store)
+
+
+def test_kept_weights_start_a_run_where_the_old_one_ended(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = run(photos, tmp_path / "run", 4, monkeypatch)
+    keep_weights(checkpoint, tmp_path / "tiny.safetensors")
+    kept, mean = read_weights(tmp_path / "tiny.safetensors"), read_weights(checkpoint)
+    assert kept.keys() == mean.keys()
+    for name, value in mean.items():
+        assert torch.allclose(kept[name], value, rtol=2e-3, atol=1e-5), name
+    TrainableCodec(TINY).load_state_dict(kept)
+    assert (tmp_path / "tiny.safetensors").stat().st_size < checkpoint.stat().st_size / 4
 
 
 def test_balanced_distortion_is_mse_below_tau_and_smooth_at_it() -> None:
