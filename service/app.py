@@ -22,12 +22,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.batching import Batcher, DeviceBroken, Events, Limits
-from service.codec.bitstream import Bitstream
+from service.codec.bitstream import Bitstream, DegradationKind
 from service.engine import DeviceFailure, EncodeJob, Engine, StageTimes
-from service.errors import INTERNAL, Problem, problem_of, problem_response
+from service.errors import INTERNAL, KINDS, Problem, problem_of, problem_response
 from service.exchange import CLIENT_GONE, ClientGone
-from service.middleware import RequestMiddleware
+from service.middleware import OPERATIONS, RequestMiddleware
 from service.routes import compress, decompress, health, variants
+from service.routes.compress import UNKNOWN
 from service.settings import Settings
 from service.state import Product, Ready, Service, Work
 from service.store import ModelStore
@@ -42,6 +43,24 @@ def _load(settings: Settings) -> Engine:
     engine = Engine(ModelStore(settings.store), settings.device, settings.precision)
     engine.warm_up()
     return engine
+
+
+def _start_series(service: Service) -> None:
+    """Let every series begin at zero, so that the first event shows in a rate and no dashboard panel is empty."""
+    metrics = service.metrics
+    metrics.ready.set(0)
+    metrics.admission_limit.set(service.settings.max_queue_items)
+    for problem in KINDS:
+        metrics.rejected.labels(problem.slug)
+    for label in (*(kind.label for kind in DegradationKind), UNKNOWN):
+        metrics.degradations.labels(label)
+    for operation in OPERATIONS.values():
+        metrics.requests.labels(operation, "200")
+        metrics.in_progress.labels(operation)
+    for reason in ("out-of-memory", "error"):
+        metrics.batch_retries.labels(reason)
+    for outcome in ("done", "failed"):
+        metrics.store_reloads.labels(outcome)
 
 
 async def _bring_up(service: Service) -> None:
@@ -63,6 +82,23 @@ async def _bring_up(service: Service) -> None:
     metrics.queue_bytes.set_function(lambda: batcher.waiting_bytes)
     fields = {"models": list(engine.models), "device": str(engine.device), "precision": engine.precision}
     log.info("ready", extra={"fields": fields})
+
+
+async def reload_store(service: Service) -> None:
+    """Take up what changed in the store while requests go on. A store that cannot be used changes nothing."""
+    if service.ready is None:
+        return
+    engine, metrics = service.ready.engine, service.metrics
+    try:
+        added = await asyncio.to_thread(lambda: engine.refresh(ModelStore(service.settings.store)))
+    except Exception:
+        log.exception("the store could not be reloaded; the models stay as they were")
+        metrics.store_reloads.labels("failed").inc()
+        return
+    for name in added:
+        metrics.model_loaded.labels(name, str(engine.device)).set(1)
+    metrics.store_reloads.labels("done").inc()
+    log.info("store reloaded", extra={"fields": {"added": added, "default": engine.default.entry.name}})
 
 
 def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
@@ -106,7 +142,7 @@ def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The whole service as an ASGI app. Settings default to the environment's."""
     service = Service(settings or Settings())
-    service.metrics.ready.set(0)
+    _start_series(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -1,4 +1,4 @@
-"""`python -m service` (also `limpid`): serve, and compress, decompress and list variants without a server."""
+"""`python -m service` (also `limpid`): serve; compress and decompress without a server; look after a model store."""
 
 from __future__ import annotations
 
@@ -59,6 +59,33 @@ def _variants(_: argparse.Namespace, settings: Settings) -> None:
             print(f"  rate {m.rate}  {m.photos:10} {m.degradation:12} {m.bpp:6.3f} bpp  {m.psnr:5.2f} dB")
 
 
+def _verify(args: argparse.Namespace, settings: Settings) -> None:
+    import torch
+
+    from service.store import ModelStore
+
+    store = ModelStore(args.store or settings.store)
+    for entry in store.index.models:
+        store.load(entry, torch.device("cpu"))
+        print(f"{entry.name}: {entry.sha256} {entry.file}, known answer {entry.known_answer[:16]}...: good")
+
+
+def _add(args: argparse.Namespace, settings: Settings) -> None:
+    from service.store import ModelStore
+
+    store = ModelStore(args.store or settings.store)
+    store.add(ModelStore(args.source), args.name)
+    print(f"{args.name}: added to {store.folder}; the default is still {store.index.default}")
+
+
+def _default(args: argparse.Namespace, settings: Settings) -> None:
+    from service.store import ModelStore
+
+    store = ModelStore(args.store or settings.store)
+    store.set_default(args.name)
+    print(f"{args.name}: the default of {store.folder}; a running service takes it up on SIGHUP")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="limpid", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -78,6 +105,17 @@ def _parser() -> argparse.ArgumentParser:
     decompress.set_defaults(run=_decompress)
     variants = commands.add_parser("variants", help="the models of the store and what was measured of them")
     variants.set_defaults(run=_variants)
+    store = commands.add_parser("store", help="look after a model store")
+    actions = store.add_subparsers(dest="action", required=True)
+    verify = actions.add_parser("verify", help="check digests and known answers of every model")
+    add = actions.add_parser("add", help="copy a model of another store, checked first")
+    add.add_argument("source", type=Path, help="folder of the other store")
+    add.add_argument("name", help="name of the model")
+    default = actions.add_parser("default", help="choose the model for requests that name none")
+    default.add_argument("name", help="name of the model")
+    for action, run in ((verify, _verify), (add, _add), (default, _default)):
+        action.add_argument("--store", type=Path, help="folder of the store, else LIMPID_STORE")
+        action.set_defaults(run=run)
     return parser
 
 

@@ -25,7 +25,7 @@ from service.codec.config import RATE_POINTS
 from service.codec.device import pick_device, transform_precision
 from service.codec.rans import CorruptPayload
 from service.codec.shipped import Coded, ShippedCodec, latent_size, pad_to_stride
-from service.store import ModelEntry, ModelStore
+from service.store import ModelEntry, ModelStore, StoreError
 
 T = TypeVar("T")
 
@@ -108,6 +108,7 @@ class Engine:
         self.default = self.models[store.index.default]
         self._by_id = {model.entry.model_id: model for model in self.models.values()}
         self._device = threading.Lock()
+        self._refreshing = threading.Lock()
 
     def model(self, name: str | None) -> Model:
         """A model by name, None for the default.
@@ -133,10 +134,38 @@ class Engine:
             raise UnknownModel(f"the stream needs model {stream.model_id.hex()}; this store holds {held}")
         return model
 
-    def warm_up(self) -> None:
-        """Run every variant once each way, so that the first request pays for nothing."""
+    def refresh(self, store: ModelStore) -> list[str]:
+        """Take up a changed store while requests go on: load and warm up what is new, then switch to its default.
+
+        Models that left the store stay loaded until the process ends, so that no request under way loses its model.
+
+        Returns:
+            The names of the models that are new.
+
+        Raises:
+            StoreError: the store cannot be used, or holds other weights under a known name; nothing has changed then.
+        """
+        with self._refreshing:
+            for entry in store.index.models:
+                known = self.models.get(entry.name)
+                if known and known.entry.sha256 != entry.sha256:
+                    raise StoreError(f"model {entry.name}: expected the weights {known.entry.sha256}, its entry now "
+                                     f"says {entry.sha256}; new weights need a new name")  # fmt: skip
+            models = dict(self.models)
+            for entry in store.index.models:
+                known = models.get(entry.name)
+                models[entry.name] = Model(entry, known.codec if known else store.load(entry, self.device))
+            added = [name for name in models if name not in self.models]
+            self._by_id = {model.entry.model_id: model for model in models.values()}
+            self.models = models
+            self.warm_up(added)
+            self.default = models[store.index.default]
+            return added
+
+    def warm_up(self, names: Sequence[str] | None = None) -> None:
+        """Run every variant of some models, or of all, once each way, so that the first request pays for nothing."""
         photo = np.zeros((64, 64, 3), np.uint8)
-        for name in self.models:
+        for name in self.models if names is None else names:
             self.decode(self.encode([EncodeJob(photo, rate, name) for rate in range(1, RATE_POINTS + 1)]))
 
     def encode(self, jobs: Sequence[EncodeJob], times: StageTimes | None = None) -> list[Bitstream]:
@@ -188,6 +217,10 @@ class Engine:
                 raise
             except torch.AcceleratorError as error:
                 raise DeviceFailure(f"{self.device}: {error}") from error
+            except RuntimeError as error:
+                if "can't allocate memory" in str(error):  # how torch words it on the CPU
+                    raise MemoryError(str(error)) from error
+                raise
         return [results[index] for index in range(len(keys))]
 
     def _autocast(self) -> AbstractContextManager[object]:

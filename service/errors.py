@@ -56,6 +56,8 @@ OUT_OF_MEMORY = Kind("out-of-memory", 503, "Out of memory")
 DEADLINE = Kind("deadline-exceeded", 504, "Deadline exceeded")
 INTERNAL = Kind("internal-error", 500, "Internal error")
 
+KINDS = tuple(value for value in list(globals().values()) if isinstance(value, Kind))
+
 EXCHANGE = (MALFORMED, EMPTY, BAD_KEY, BODY_TIMEOUT, TOO_LARGE, UNKNOWN_MODEL, TOO_MANY_PIXELS, QUEUE_FULL,
             NOT_READY, DRAINING, OUT_OF_MEMORY, DEADLINE)  # fmt: skip
 """What both calls may answer with."""
@@ -72,6 +74,7 @@ _TABLE: tuple[tuple[type[Exception], Kind], ...] = (  # the first match counts, 
     (Draining, DRAINING),
     (DeviceBroken, NOT_READY),
     (torch.OutOfMemoryError, OUT_OF_MEMORY),
+    (MemoryError, OUT_OF_MEMORY),
 )
 _STATUSES = {404: NOT_FOUND, 405: METHOD}
 

@@ -58,6 +58,7 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
         NotAnImage: none of the supported formats.
         TooManyPixels: width times height exceeds max_pixels; nothing was decoded.
         CorruptImage: the file is cut short or damaged.
+        MemoryError: the machine has too little for it.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=INPUT_FORMATS)
@@ -74,6 +75,8 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
             image.load()
             upright = ImageOps.exif_transpose(image)
             return _to_srgb(upright)
+        except MemoryError:
+            raise
         except Exception as error:
             raise CorruptImage(f"the {image.format} file is damaged: {error}") from error
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from prometheus_client import (
@@ -67,8 +69,11 @@ class Metrics:
         )
         self.queue_items = gauge("queue_items", "Requests waiting for the device.")
         self.queue_bytes = gauge("queue_bytes", "Bytes of photos and bitstreams waiting for the device.")
+        self.admission_limit = gauge("admission_limit", "Most requests in progress at a time; beyond it, 429.")
+        gauge("memory_limit_bytes", "Of the container, else of the machine.").set(memory_limit())
         self.ready = gauge("ready", "1 when the service answers requests, else 0.")
         self.model_loaded = gauge("model_loaded", "1 for every model on the device.", "model", "device")
+        self.store_reloads = counter("store_reloads_total", "Reloads of the model store on SIGHUP.", "outcome")
         self.gpu_memory = gauge("gpu_memory_bytes", "Memory that torch holds on a GPU.", "device", "kind")
         build = gauge("build_info", "1, with the versions as labels.", "version", "python", "torch")
         build.labels(__version__, platform.python_version(), torch.__version__).set(1)
@@ -80,3 +85,16 @@ class Metrics:
                 name = f"cuda:{index}"
                 self.gpu_memory.labels(name, "allocated").set(torch.cuda.memory_allocated(index))
                 self.gpu_memory.labels(name, "reserved").set(torch.cuda.memory_reserved(index))
+
+
+def memory_limit() -> int:
+    """Bytes that this process may use: its control group's limit (v2, v1), else the machine's memory."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            return min(machine, int(text))
+    return machine

@@ -1,20 +1,22 @@
 """The server process: uvicorn, with a shutdown that loses no admitted request.
 
 SIGTERM or SIGINT: `/readyz` and new requests get 503 while what was admitted is finished, for at most `drain_grace_s`;
-then the process exits with 0. A second signal ends it at once.
+then the process exits with 0. A second signal ends it at once. SIGHUP: takes up what changed in the model store.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import socket
 import time
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app
+from service.app import create_app, reload_store
 from service.logs import set_up_logging
 from service.settings import Settings
 from service.state import Service
@@ -29,6 +31,17 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._drain_until: float | None = None
+        self._reloading: set[asyncio.Task[None]] = set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called once the event loop runs."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+        await super().startup(sockets)
+
+    def _reload(self) -> None:
+        task = asyncio.get_running_loop().create_task(reload_store(self._service))
+        self._reloading.add(task)
+        task.add_done_callback(self._reloading.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """For SIGINT and SIGTERM; does not chain to uvicorn, which would raise the signal again at its end."""

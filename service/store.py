@@ -1,12 +1,14 @@
 """The model store: `store.json`, one safetensors file per model, and how a model gets from there to a device.
 
 Every file is checked against its digest before it is used, and every model answers its known-answer test before it is
-handed out. Nothing here encodes or decodes.
+handed out. Models are added and never altered: a file keeps its name and digest for as long as streams of it exist.
+Nothing here encodes or decodes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -95,6 +97,42 @@ class ModelStore:
         if self.index.default not in names:
             raise StoreError(f"{path}: the default {self.index.default!r} is not among {', '.join(names)}")
 
+    def entry(self, name: str) -> ModelEntry:
+        """Raises:
+        StoreError: the store has no model of that name.
+        """
+        for entry in self.index.models:
+            if entry.name == name:
+                return entry
+        held = ", ".join(entry.name for entry in self.index.models)
+        raise StoreError(f"expected one of the models {held} of {self.folder}, got {name!r}")
+
+    def add(self, source: ModelStore, name: str) -> None:
+        """Copy a model of another store into this one, without making it the default. It is checked on the CPU first.
+
+        Raises:
+            StoreError: the source lacks it or fails its checks, or this store has a model of that name or id.
+        """
+        entry = source.entry(name)
+        for known in self.index.models:
+            if known.name == name or known.model_id == entry.model_id:
+                raise StoreError(f"{self.folder} has model {known.name} with id {known.model_id.hex()} already")
+        source.load(entry, torch.device("cpu"))
+        _replace(self.folder / entry.file, (source.folder / entry.file).read_bytes())
+        self._write(self.index.model_copy(update={"models": [*self.index.models, entry]}))
+
+    def set_default(self, name: str) -> None:
+        """Make a model the one that is used when a request names none.
+
+        Raises:
+            StoreError: the store has no model of that name.
+        """
+        self._write(self.index.model_copy(update={"default": self.entry(name).name}))
+
+    def _write(self, index: StoreIndex) -> None:
+        _replace(self.folder / STORE_FILE, index.model_dump_json(indent=2).encode() + b"\n")
+        self.index = index
+
     def load(self, entry: ModelEntry, device: torch.device) -> ShippedCodec:
         """Read one model, check it, and put it on a device.
 
@@ -122,3 +160,13 @@ class ModelStore:
                 f"{entry.known_answer[:16]}...: bitstreams made here would not decode elsewhere"
             )
         return codec
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    new = path.with_name(f".{path.name}.new")
+    with new.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.codec.shipped import ShippedCodec
 from service.engine import Engine, Photo
-from service.settings import Settings
-from service.store import ModelStore
+from service.settings import DEFAULT_STORE, Settings
+from service.store import ModelStore, StoreIndex
 
 DATA = Path(__file__).parent / "data"
 
@@ -42,6 +46,35 @@ def image_bytes(pixels: Photo | Image.Image, format: str = "PNG", **options: obj
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def other_store(folder: Path, name: str) -> ModelStore:
+    """A store that holds one model: the default of the shipped store with one weight of g_s moved a little."""
+    shipped = ModelStore(DEFAULT_STORE)
+    entry = shipped.entry(shipped.index.default)
+    path = DEFAULT_STORE / entry.file
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    moved = next(key for key in tensors if key.startswith("g_s") and tensors[key].is_floating_point())
+    tensors[moved] = tensors[moved] * 1.001
+    data = save(tensors, metadata)
+    changed = {"name": name, "file": f"{name}.safetensors", "sha256": hashlib.sha256(data).hexdigest()}
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.safetensors").write_bytes(data)
+    index = StoreIndex(default=name, models=[entry.model_copy(update=changed)])
+    (folder / "store.json").write_text(index.model_dump_json())
+    return ModelStore(folder)
+
+
+def copied_store(folder: Path) -> ModelStore:
+    """A store of its own that holds the default model of the shipped one."""
+    shipped = ModelStore(DEFAULT_STORE)
+    entry = shipped.entry(shipped.index.default)
+    folder.mkdir(exist_ok=True)
+    shutil.copy(DEFAULT_STORE / entry.file, folder)
+    (folder / "store.json").write_text(StoreIndex(default=entry.name, models=[entry]).model_dump_json())
+    return ModelStore(folder)
 
 
 @pytest.fixture(scope="session")

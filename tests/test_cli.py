@@ -10,7 +10,7 @@ import pytest
 from service.cli import main
 from service.engine import Photo
 from service.imaging import read_photo
-from tests.conftest import image_bytes, noisy, psnr
+from tests.conftest import copied_store, image_bytes, noisy, other_store, psnr
 from tests.served import served
 
 
@@ -32,6 +32,19 @@ def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: pytest.Capture
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("limpid: ") for line in lines)
+
+
+def test_store_commands_verify_add_and_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied_store(tmp_path / "store")
+    other_store(tmp_path / "other", "edge-next")
+    here = ["--store", str(tmp_path / "store")]
+    assert main(["store", "add", str(tmp_path / "other"), "edge-next", *here]) == 0
+    assert main(["store", "default", "edge-next", *here]) == 0
+    assert main(["store", "verify", *here]) == 0
+    assert capsys.readouterr().out.count(": good") == 2
+    (tmp_path / "store" / "edge-next.safetensors").write_bytes(b"")
+    assert main(["store", "verify", *here]) == 1
+    assert "edge-next" in capsys.readouterr().err
 
 
 def test_variants_lists_the_store(capsys: pytest.CaptureFixture[str]) -> None:

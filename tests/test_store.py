@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 from service.settings import DEFAULT_STORE
 from service.store import ModelStore, StoreError
+from tests.conftest import copied_store, other_store
 
 CPU = torch.device("cpu")
 
@@ -18,11 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A store of its own with the default model of the shipped one."""
-    index = ModelStore(DEFAULT_STORE).index
-    entry = next(e for e in index.models if e.name == index.default)
-    shutil.copy(DEFAULT_STORE / entry.file, tmp_path)
-    content = {"default": entry.name, "models": [entry.model_dump()]}
-    (tmp_path / "store.json").write_text(json.dumps(content))
+    copied_store(tmp_path)
     return tmp_path
 
 
@@ -83,3 +79,31 @@ def test_no_store_and_a_wrong_default_are_named(copy: Path, tmp_path: Path) -> N
     (copy / "store.json").write_text(json.dumps(content))
     with pytest.raises(StoreError, match="'other'"):
         ModelStore(copy)
+
+
+def test_a_model_is_added_and_made_the_default(copy: Path, tmp_path: Path) -> None:
+    other = other_store(tmp_path / "other", "edge-next")
+    store = ModelStore(copy)
+    old = store.index.default
+    store.add(other, "edge-next")
+    assert ModelStore(copy).index.default == old
+    store.set_default("edge-next")
+    again = ModelStore(copy)
+    assert again.index.default == "edge-next"
+    assert [entry.name for entry in again.index.models] == [old, "edge-next"]
+    again.load(again.entry("edge-next"), CPU)
+    with pytest.raises(StoreError, match="already"):
+        again.add(other, "edge-next")
+    with pytest.raises(StoreError, match="got 'none'"):
+        again.set_default("none")
+
+
+def test_a_damaged_model_is_not_added(copy: Path, tmp_path: Path) -> None:
+    other = other_store(tmp_path / "other", "edge-next")
+    path = other.folder / "edge-next.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = (copy / "store.json").read_bytes()
+    with pytest.raises(StoreError, match="expected SHA-256"):
+        ModelStore(copy).add(other, "edge-next")
+    assert (copy / "store.json").read_bytes() == before
+    assert not list(copy.glob("*edge-next*"))

@@ -20,6 +20,8 @@ from service.state import ServiceDependency
 router = APIRouter()
 
 DEFAULT_RATE = 4
+UNKNOWN = "unknown"
+"""The degradation of a photo on which the model has no opinion."""
 
 
 @router.post(
@@ -62,8 +64,8 @@ async def compress(
     metrics.pixels.labels("compress", name).inc(pixels)
     metrics.bitstream_bytes.labels("compress", name).inc(len(body))
     metrics.bits_per_pixel.labels(name, str(stream.rate)).observe(bpp)
-    for found in stream.degradations:
-        metrics.degradations.labels(found.kind.label).inc()
+    for label in [found.kind.label for found in stream.degradations] or [UNKNOWN]:
+        metrics.degradations.labels(label).inc()
     headers = {
         "Limpid-Rate": str(stream.rate),
         "Limpid-Bpp": f"{bpp:.4f}",
@@ -76,7 +78,7 @@ async def compress(
 
 def degradation_header(stream: Bitstream) -> str:
     """`noise;0.82, haze;0.31`, or `unknown` where the model reports nothing."""
-    return ", ".join(f"{d.kind.label};{d.strength:.2f}" for d in stream.degradations) or "unknown"
+    return ", ".join(f"{d.kind.label};{d.strength:.2f}" for d in stream.degradations) or UNKNOWN
 
 
 async def _encode(call: Exchange, job: EncodeJob) -> Bitstream:
