@@ -25,7 +25,7 @@ from service.batching import Batcher, DeviceBroken, Events, Limits
 from service.codec.bitstream import Bitstream, DegradationKind
 from service.engine import DeviceFailure, EncodeJob, Engine, StageTimes
 from service.errors import INTERNAL, KINDS, Problem, problem_of, problem_response
-from service.exchange import CLIENT_GONE, ClientGone
+from service.exchange import CLIENT_GONE, PHASES, ClientGone
 from service.middleware import OPERATIONS, RequestMiddleware
 from service.routes import compress, decompress, health, variants
 from service.routes.compress import UNKNOWN
@@ -57,6 +57,8 @@ def _start_series(service: Service) -> None:
     for operation in OPERATIONS.values():
         metrics.requests.labels(operation, "200")
         metrics.in_progress.labels(operation)
+    for phase in PHASES:
+        metrics.disconnects.labels(phase)
     for reason in ("out-of-memory", "error"):
         metrics.batch_retries.labels(reason)
     for outcome in ("done", "failed"):
@@ -139,14 +141,21 @@ def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
     return Batcher(runner, limits, events=Events(launched, retried))
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """The whole service as an ASGI app. Settings default to the environment's."""
+def create_app(settings: Settings | None = None, *, load_first: bool = False) -> FastAPI:
+    """The whole service as an ASGI app.
+
+    Args:
+        settings: default to the environment's.
+        load_first: start up only once the models are loaded, for servers that send requests as soon as they may.
+    """
     service = Service(settings or Settings())
     _start_series(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(_bring_up(service))
+        if load_first:
+            await loading
         yield
         loading.cancel()
 

@@ -40,6 +40,10 @@ CLIENT_GONE = 499
 """The status that a request is counted under when its client closed it, as nginx does."""
 
 
+PHASES = ("body", "image_decode", "queue", "image_encode")
+"""What a request may be waiting for when its client hangs up."""
+
+
 class ClientGone(Exception):
     """The client hung up; there is no one to answer."""
 
