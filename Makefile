@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 run: $(VENV)/run.stamp
 	$(BIN)/python -m service serve --port $(PORT)
 
-test: $(VENV)/dev.stamp
+test: $(VENV)/dev.stamp $(VENV)/debian.stamp
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/dev.stamp
@@ -52,8 +52,12 @@ $(VENV)/run.stamp: pyproject.toml $(VENV)/torch.stamp
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
-	$(PIP) --editable '.[dev,evaluation,otel]'
+	$(PIP) --editable '.[dev,evaluation,otel,ray]'
 	touch $@ $(VENV)/run.stamp
+
+$(VENV)/debian.stamp: tests/debian.sh | $(VENV)/bin/python
+	tests/debian.sh $(VENV)/debian
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info

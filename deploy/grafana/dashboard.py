@@ -80,7 +80,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 f""" - sum({rate('bitstream_bytes_total', 'operation="compress"')})""", "saved"),
                (f"""sum({rate('request_body_bytes_sum', 'operation="compress"')})""", "uploads"),
                (f"""sum({rate('bitstream_bytes_total', 'operation="compress"')})""", "bitstreams"))),
-        Panel("Degradations", "What the encoder found wrong with the photos; a camera that fogs up shows here.", "reqps",
+        Panel("Degradations", "What the encoder found wrong with the photos; a camera that fogs up shows.", "reqps",
               ((f"sum by (kind) ({rate('degradations_total')})", "{{kind}}"),), True),
     ),
     "Process": (
