@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from service.codec.bitstream import Bitstream
 from service.engine import EncodeJob, Engine, Photo, UnknownModel
+from service.errors import OUT_OF_MEMORY, problem_of
 from tests.conftest import noisy, psnr
 
 
@@ -72,3 +74,14 @@ def test_wrong_jobs_are_named(engine: Engine, parrots: Photo) -> None:
     with pytest.raises(UnknownModel, match="0102030405060708"):
         engine.decode([Bitstream(bytes(range(1, 9)), 4, 16, 16, (), b"", b"")])
     assert engine.encode([]) == []
+
+
+def test_too_little_memory_is_told_apart_from_a_failure(
+    engine: Engine, bikes: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.default.codec, "analyse", lambda *_: torch.empty(10**15))
+        with pytest.raises(MemoryError) as raised:
+            engine.encode([EncodeJob(bikes, 4)])
+    assert problem_of(raised.value).kind is OUT_OF_MEMORY
+    assert len(engine.encode([EncodeJob(bikes, 4)])) == 1

@@ -1,0 +1,396 @@
+"""A client of the HTTP service for gateways, sync and async, on httpx.
+
+    with Client("http://localhost:8000", api_key="...") as limpid:
+        compressed = limpid.compress(Path("noisy.jpg"), max_bytes=40_000)
+        restored = limpid.decompress(compressed.bitstream)
+
+Both calls are idempotent, so a client repeats what failed on the way, what was refused for lack of room (429) and what
+met a service that starts or stops (503): with exponential backoff, never earlier than `Retry-After` says, and within
+one deadline over all attempts. Connections are reused. Every refusal is a typed error with the service's own words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+Body = bytes | Path | Callable[[], Iterator[bytes]]
+"""An upload: bytes, a file that is streamed from disk, or a function that gives chunks anew for each attempt."""
+
+CHUNK = 1 << 16
+RETRIED = frozenset({408, 429, 502, 503})
+
+
+class LimpidError(Exception):
+    """The call did not succeed.
+
+    Attributes:
+        kind: the last part of the problem's `type` (RFC 9457), `unreachable` where no answer came.
+        status: HTTP status, None where no answer came.
+        detail: what was expected and what came, in the service's words.
+        request_id: to find the request in the service's log.
+    """
+
+    def __init__(self, kind: str, detail: str, status: int | None = None, request_id: str | None = None) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind, self.detail, self.status, self.request_id = kind, detail, status, request_id
+
+
+class RequestRefused(LimpidError):
+    """4xx: this request will never succeed as it is."""
+
+
+class Unauthorized(RequestRefused):
+    """401: the key is missing or wrong."""
+
+
+class BudgetUnmeetable(RequestRefused):
+    """422: no rate point fits the budget; `detail` names the smallest size."""
+
+
+class ServiceBusy(LimpidError):
+    """429 until the attempts or the deadline were used up."""
+
+
+class ServiceUnavailable(LimpidError):
+    """5xx or no answer until the attempts or the deadline were used up."""
+
+
+class DeadlineExceeded(LimpidError):
+    """504: the service found no time for it before its deadline."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A bitstream, its rate point, bits per pixel and model, what was found wrong, and milliseconds per stage."""
+
+    bitstream: bytes
+    rate: int
+    bpp: float
+    model: str
+    degradations: dict[str, float]
+    timing: dict[str, float]
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Restored:
+    """An encoded image with its media type, and the rate point and model of the bitstream it came from."""
+
+    image: bytes
+    media_type: str
+    rate: int
+    model: str
+    degradations: dict[str, float]
+    timing: dict[str, float]
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How long and how often.
+
+    Attributes:
+        deadline: seconds for a call, over all attempts; the service hears what is left of it.
+        attempts: at most so many.
+        backoff, backoff_max: seconds before the second attempt, doubled for each further one; jittered by half.
+    """
+
+    deadline: float = 60.0
+    attempts: int = 8
+    backoff: float = 0.2
+    backoff_max: float = 10.0
+
+
+@dataclass
+class _Call:
+    """One call on its way: what to send, how long is left, what to do after each attempt. Does no input or output."""
+
+    method: str
+    path: str
+    policy: Policy
+    body: Body | None = None
+    params: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    attempt: int = 0
+
+    def __post_init__(self) -> None:
+        self._ends = self.clock() + self.policy.deadline
+
+    def left(self) -> float:
+        return max(0.001, self._ends - self.clock())
+
+    def arguments(self) -> dict[str, Any]:
+        self.attempt += 1
+        headers = {**self.headers, "Limpid-Timeout": f"{self.left():.3f}"}
+        return {"params": dict(self.params), "headers": headers, "timeout": self.left()}
+
+    def pause_after(self, outcome: httpx.Response | httpx.TransportError) -> float | None:
+        """Seconds to wait before the next attempt; None where there is none, and `outcome` is the end."""
+        if isinstance(outcome, httpx.Response) and outcome.status_code not in RETRIED:
+            return None
+        backoff = min(self.policy.backoff_max, self.policy.backoff * 2 ** (self.attempt - 1))
+        pause = backoff * (0.5 + 0.5 * random.random())
+        if isinstance(outcome, httpx.Response):
+            pause = max(pause, retry_after(outcome.headers.get("retry-after")))
+        if self.attempt >= self.policy.attempts or self.clock() + pause >= self._ends:
+            return None
+        return pause
+
+
+def retry_after(value: str | None) -> float:
+    """Seconds of a `Retry-After` header, a number or a date (RFC 9110, section 10.2.3); 0 for anything else."""
+    if value is None:
+        return 0.0
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _chunks(body: Body) -> Iterator[bytes]:
+    if isinstance(body, bytes):
+        yield body
+    elif isinstance(body, Path):
+        with body.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+    else:
+        yield from body()
+
+
+async def _async_chunks(body: Body) -> AsyncIterator[bytes]:
+    """Reads in a thread, so that a slow disk does not block the event loop."""
+    chunks = _chunks(body)
+    while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        yield chunk
+
+
+def _finish(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:
+    """The response, if it is a good one.
+
+    Raises:
+        LimpidError: it is not, or there is none.
+    """
+    if isinstance(outcome, httpx.TransportError):
+        raise ServiceUnavailable("unreachable", f"{type(outcome).__name__}: {outcome}") from outcome
+    if outcome.is_success:
+        return outcome
+    try:
+        problem = outcome.json()
+        kind, detail = str(problem["type"]).rpartition(":")[2], str(problem["detail"])
+    except (ValueError, KeyError, TypeError):  # a proxy's answer
+        kind, detail = "unexpected-answer", outcome.text[:200]
+    status = outcome.status_code
+    types: dict[int, type[LimpidError]] = {401: Unauthorized, 429: ServiceBusy, 504: DeadlineExceeded}
+    error = types.get(status, RequestRefused if status < 500 else ServiceUnavailable)
+    if kind == "unmeetable-budget":
+        error = BudgetUnmeetable
+    raise error(kind, detail, status, outcome.headers.get("x-request-id"))
+
+
+def _compress_call(
+    body: Body, rate: int | None, max_bytes: int | None, target_bpp: float | None, model: str | None, policy: Policy
+) -> _Call:
+    options = {"rate": rate, "max_bytes": max_bytes, "target_bpp": target_bpp, "model": model}
+    params = {name: str(value) for name, value in options.items() if value is not None}
+    return _Call("POST", "/compress", policy, body, params, {"Content-Type": "application/octet-stream"})
+
+
+def _decompress_call(body: Body, media_type: str, quality: int | None, policy: Policy) -> _Call:
+    headers = {"Content-Type": "application/vnd.limpid", "Accept": media_type}
+    return _Call("POST", "/decompress", policy, body, {} if quality is None else {"quality": str(quality)}, headers)
+
+
+def _compressed(response: httpx.Response) -> Compressed:
+    headers = response.headers
+    return Compressed(response.content, bpp=float(headers["limpid-bpp"]), **_common(headers))
+
+
+def _restored(response: httpx.Response) -> Restored:
+    return Restored(response.content, response.headers["content-type"], **_common(response.headers))
+
+
+def _common(headers: httpx.Headers) -> dict[str, Any]:
+    return {
+        "rate": int(headers["limpid-rate"]),
+        "model": headers["limpid-model"],
+        "degradations": _weighted(headers.get("limpid-degradation", ""), ""),
+        "timing": _weighted(headers.get("server-timing", ""), "dur="),
+        "request_id": headers.get("x-request-id", ""),
+    }
+
+
+def _weighted(header: str, prefix: str) -> dict[str, float]:
+    """`noise;0.82, haze;0.31` or `queue;dur=1.5` as a dictionary; words without a number are left out."""
+    pairs = (part.strip().partition(";") for part in header.split(",") if ";" in part)
+    return {name: float(value.strip().removeprefix(prefix)) for name, _, value in pairs}
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+class Client:
+    """The service at `url`, for threads: one client may serve many.
+
+    Args:
+        url: such as http://localhost:8000.
+        api_key: where the service wants one.
+        policy: of every call that states none.
+        transport: for tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        policy: Policy | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.policy = policy or Policy()
+        self._http = httpx.Client(base_url=url, headers=_headers(api_key), transport=transport)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def compress(
+        self,
+        photo: Body,
+        *,
+        rate: int | None = None,
+        max_bytes: int | None = None,
+        target_bpp: float | None = None,
+        model: str | None = None,
+        policy: Policy | None = None,
+    ) -> Compressed:
+        """Compress a photo, at a rate point from 1 to 8 or the best one within a budget.
+
+        Raises:
+            LimpidError: see its subclasses.
+        """
+        call = _compress_call(photo, rate, max_bytes, target_bpp, model, policy or self.policy)
+        return _compressed(self._send(call))
+
+    def decompress(
+        self,
+        bitstream: Body,
+        *,
+        media_type: str = "image/png",
+        quality: int | None = None,
+        policy: Policy | None = None,
+    ) -> Restored:
+        """The clean photo of a bitstream.
+
+        Raises:
+            LimpidError: see its subclasses.
+        """
+        return _restored(self._send(_decompress_call(bitstream, media_type, quality, policy or self.policy)))
+
+    def variants(self) -> dict[str, Any]:
+        """What `GET /variants` says.
+
+        Raises:
+            LimpidError: see its subclasses.
+        """
+        answer: dict[str, Any] = self._send(_Call("GET", "/variants", self.policy)).json()
+        return answer
+
+    def _send(self, call: _Call) -> httpx.Response:
+        while True:
+            content = call.body if call.body is None or isinstance(call.body, bytes) else _chunks(call.body)
+            outcome: httpx.Response | httpx.TransportError
+            try:
+                outcome = self._http.request(call.method, call.path, content=content, **call.arguments())
+            except httpx.TransportError as error:
+                outcome = error
+            pause = call.pause_after(outcome)
+            if pause is None:
+                return _finish(outcome)
+            time.sleep(pause)
+
+
+class AsyncClient:
+    """`Client` for asyncio; the same arguments, calls and errors."""
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        policy: Policy | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.policy = policy or Policy()
+        self._http = httpx.AsyncClient(base_url=url, headers=_headers(api_key), transport=transport)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def compress(
+        self,
+        photo: Body,
+        *,
+        rate: int | None = None,
+        max_bytes: int | None = None,
+        target_bpp: float | None = None,
+        model: str | None = None,
+        policy: Policy | None = None,
+    ) -> Compressed:
+        """See `Client.compress`."""
+        call = _compress_call(photo, rate, max_bytes, target_bpp, model, policy or self.policy)
+        return _compressed(await self._send(call))
+
+    async def decompress(
+        self,
+        bitstream: Body,
+        *,
+        media_type: str = "image/png",
+        quality: int | None = None,
+        policy: Policy | None = None,
+    ) -> Restored:
+        """See `Client.decompress`."""
+        return _restored(await self._send(_decompress_call(bitstream, media_type, quality, policy or self.policy)))
+
+    async def variants(self) -> dict[str, Any]:
+        """See `Client.variants`."""
+        answer: dict[str, Any] = (await self._send(_Call("GET", "/variants", self.policy))).json()
+        return answer
+
+    async def _send(self, call: _Call) -> httpx.Response:
+        while True:
+            content = call.body if call.body is None or isinstance(call.body, bytes) else _async_chunks(call.body)
+            outcome: httpx.Response | httpx.TransportError
+            try:
+                outcome = await self._http.request(call.method, call.path, content=content, **call.arguments())
+            except httpx.TransportError as error:
+                outcome = error
+            pause = call.pause_after(outcome)
+            if pause is None:
+                return _finish(outcome)
+            await asyncio.sleep(pause)

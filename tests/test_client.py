@@ -1,0 +1,186 @@
+"""`service.client`: retries, deadlines and typed errors, against a scripted transport and against the real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.client import (
+    AsyncClient,
+    BudgetUnmeetable,
+    Client,
+    DeadlineExceeded,
+    LimpidError,
+    Policy,
+    RequestRefused,
+    ServiceBusy,
+    ServiceUnavailable,
+    Unauthorized,
+    retry_after,
+)
+from service.engine import Photo
+from service.imaging import read_photo
+from tests.conftest import image_bytes, noisy, psnr
+from tests.served import served
+
+FAST = Policy(deadline=5, attempts=4, backoff=0.001)
+GOOD_HEADERS = {
+    "limpid-rate": "4",
+    "limpid-bpp": "0.5",
+    "limpid-model": "edge-1",
+    "limpid-degradation": "noise;0.82, haze;0.31",
+    "server-timing": "queue;dur=1.5, transform;dur=80",
+    "x-request-id": "abc",
+}
+
+Answer = httpx.Response | Exception
+
+
+def problem(status: int, slug: str, **headers: str) -> httpx.Response:
+    body = {"type": f"urn:limpid:problem:{slug}", "title": "t", "status": status, "detail": "said so"}
+    return httpx.Response(status, content=json.dumps(body), headers={"x-request-id": "r1", **headers})
+
+
+def good() -> httpx.Response:
+    return httpx.Response(200, content=b"stream", headers=GOOD_HEADERS)
+
+
+class Script:
+    """A transport that gives the listed answers in turn and keeps what was asked."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self.answers = iter(answers)
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        answer = next(self.answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def both(script: Callable[[], Script], call: str, *args: object, policy: Policy = FAST, **kwargs: object) -> Iterator:  # type: ignore[type-arg]
+    """Run a call on the sync and on the async client; yields (script, result or error) of each."""
+    sync, other = script(), script()
+    with Client("http://x", "key", policy, httpx.MockTransport(sync)) as client:
+        try:
+            yield sync, getattr(client, call)(*args, **kwargs)
+        except LimpidError as error:
+            yield sync, error
+
+    async def run() -> object:
+        async with AsyncClient("http://x", "key", policy, httpx.MockTransport(other)) as client:
+            try:
+                return await getattr(client, call)(*args, **kwargs)
+            except LimpidError as error:
+                return error
+
+    yield other, asyncio.run(run())
+
+
+def test_what_failed_on_the_way_is_sent_again_in_full(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"j" * 200_000)
+    answers = (httpx.ConnectError("down"), problem(503, "draining"), httpx.ReadError("cut"))
+    for body in (b"j" * 200_000, tmp_path / "a.jpg", lambda: iter([b"j" * 100_000] * 2)):
+        for script, result in both(lambda: Script(*answers, good()), "compress", body, rate=5):
+            assert result.bitstream == b"stream"
+            assert result.degradations == {"noise": 0.82, "haze": 0.31}
+            assert result.timing == {"queue": 1.5, "transform": 80.0}
+            assert len(script.requests) == 4
+            for request in script.requests:
+                assert request.content == b"j" * 200_000
+                assert request.url.params["rate"] == "5"
+                assert request.headers["authorization"] == "Bearer key"
+                assert 0 < float(request.headers["limpid-timeout"]) <= FAST.deadline
+
+
+@pytest.mark.parametrize(
+    ("status", "slug", "kind"),
+    [
+        (401, "invalid-api-key", Unauthorized),
+        (415, "not-an-image", RequestRefused),
+        (422, "unmeetable-budget", BudgetUnmeetable),
+        (500, "internal-error", ServiceUnavailable),
+        (504, "deadline-exceeded", DeadlineExceeded),
+    ],
+)
+def test_what_will_not_succeed_is_not_repeated(status: int, slug: str, kind: type[LimpidError]) -> None:
+    for script, error in both(lambda: Script(problem(status, slug)), "compress", b"photo"):
+        assert type(error) is kind
+        assert (error.kind, error.status, error.detail, error.request_id) == (slug, status, "said so", "r1")
+        assert len(script.requests) == 1
+
+
+def test_the_last_answer_is_raised_when_the_attempts_are_used_up() -> None:
+    for script, error in both(lambda: Script(*[problem(429, "queue-full")] * 4), "compress", b"photo"):
+        assert type(error) is ServiceBusy
+        assert len(script.requests) == 4
+    for _, error in both(lambda: Script(*[httpx.ConnectError("no route")] * 4), "decompress", b"stream"):
+        assert type(error) is ServiceUnavailable
+        assert error.status is None
+        assert "no route" in error.detail
+
+
+def test_retry_after_is_obeyed_and_never_past_the_deadline() -> None:
+    started = time.monotonic()
+    with Client(
+        "http://x", transport=httpx.MockTransport(Script(problem(429, "q", **{"retry-after": "1"}), good()))
+    ) as c:
+        c.compress(b"photo")
+    assert time.monotonic() - started >= 1
+    hurry = Policy(deadline=2, backoff=0.001)
+    started = time.monotonic()
+    late = [problem(429, "queue-full", **{"retry-after": "30"})]
+    with (
+        Client("http://x", policy=hurry, transport=httpx.MockTransport(Script(*late))) as c,
+        pytest.raises(ServiceBusy),
+    ):
+        c.compress(b"photo")
+    assert time.monotonic() - started < 1
+
+
+def test_retry_after_is_read_as_seconds_or_date() -> None:
+    assert retry_after("3") == 3
+    assert 8 < retry_after(formatdate(time.time() + 10, usegmt=True)) <= 10
+    assert retry_after(None) == retry_after("soon") == retry_after(formatdate(0)) == 0
+
+
+def test_an_answer_that_is_not_ours_is_said_to_be(tmp_path: Path) -> None:
+    for _, error in both(lambda: Script(httpx.Response(400, text="<html>proxy")), "variants"):
+        assert error.kind == "unexpected-answer"
+        assert "proxy" in error.detail
+
+
+def test_a_photo_goes_there_and_back_on_the_real_server(parrots: Photo, tmp_path: Path) -> None:
+    degraded = noisy(parrots)
+    (tmp_path / "in.png").write_bytes(image_bytes(degraded))
+    with served(api_keys="secret") as (base, _):
+        with Client(base, "secret") as client:
+            compressed = client.compress(tmp_path / "in.png", max_bytes=5000)
+            assert len(compressed.bitstream) <= 5000
+            restored = client.decompress(compressed.bitstream, media_type="image/webp", quality=95)
+            assert restored.media_type == "image/webp"
+            assert restored.rate == compressed.rate
+            assert client.variants()["models"][0]["default"]
+            with pytest.raises(BudgetUnmeetable, match="at least"):
+                client.compress(tmp_path / "in.png", max_bytes=20)
+        back = read_photo(restored.image, 10**6)
+        assert psnr(back, parrots) > psnr(degraded, parrots) + 3
+
+        async def many() -> list[int]:
+            async with AsyncClient(base, "secret") as client:
+                answers = await asyncio.gather(*(client.compress(tmp_path / "in.png", rate=r) for r in range(1, 9)))
+                return [len(answer.bitstream) for answer in answers]
+
+        sizes = asyncio.run(many())
+        assert sizes == sorted(sizes)
+        with Client(base, "wrong") as client, pytest.raises(Unauthorized):
+            client.variants()
