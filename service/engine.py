@@ -1,8 +1,10 @@
 """The engine: lists of photos in, bitstreams out, and back. It owns the device, the precision and the loaded models.
 
-Callers may hand over photos of any sizes and rates in one list; those that share a padded size run together. Calls from
-several threads take turns at the device and overlap elsewhere: while one runs a transform, another codes entropy.
-Nothing here knows HTTP or asyncio.
+Callers may hand over photos of any sizes and rates in one list; those that share a padded size run together. All of
+torch runs in one thread of the engine: calls from several threads take turns there and overlap elsewhere, so that while
+one runs a transform, another codes entropy. (With a second thread, OpenMP keeps a second team for the same cores, and
+every parallel loop of both then pays for waking sleepers: a third more time for a photo.) Nothing here knows HTTP or
+asyncio.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -22,15 +26,22 @@ from torch import Tensor
 
 from service.codec.bitstream import Bitstream, BitstreamError, CorruptBitstream
 from service.codec.config import RATE_POINTS
-from service.codec.device import pick_device, transform_precision
+from service.codec.device import keep_heap, pick_device, release_heap, transform_precision
 from service.codec.rans import CorruptPayload
-from service.codec.shipped import Coded, ShippedCodec, latent_size, pad_to_stride
+from service.codec.shipped import Coded, LatentSymbols, ShippedCodec, latent_size, pad_to_stride
 from service.store import ModelEntry, ModelStore, StoreError
 
 T = TypeVar("T")
 
 Photo = NDArray[np.uint8]
 """An sRGB photo, (H, W, 3)."""
+
+
+CPU_PIXELS = 2**19
+"""Pixels that go through the transforms together on the CPU: larger batches fall out of its caches and gain nothing."""
+
+LARGE_PIXELS = 2**23
+"""Photos beyond this leave the CPU's heap so large that it is given back."""
 
 
 class DeviceFailure(RuntimeError):
@@ -104,11 +115,20 @@ class Engine:
     def __init__(self, store: ModelStore, device: str = "auto", precision: str = "auto") -> None:
         self.device = pick_device(device)
         self.precision = transform_precision(self.device) if precision == "auto" else precision
-        self.models = {entry.name: Model(entry, store.load(entry, self.device)) for entry in store.index.models}
+        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        if self.device.type == "cpu":
+            keep_heap()
+        self.models = {entry.name: self._loaded(store, entry) for entry in store.index.models}
         self.default = self.models[store.index.default]
         self._by_id = {model.entry.model_id: model for model in self.models.values()}
-        self._device = threading.Lock()
         self._refreshing = threading.Lock()
+
+    def _on_device(self, work: Callable[[], T]) -> T:
+        """Run torch work in the engine's thread and wait for it."""
+        return self._device_thread.submit(torch.inference_mode()(work)).result()
+
+    def _loaded(self, store: ModelStore, entry: ModelEntry) -> Model:
+        return Model(entry, self._on_device(lambda: store.load(entry, self.device)))
 
     def model(self, name: str | None) -> Model:
         """A model by name, None for the default.
@@ -154,7 +174,7 @@ class Engine:
             models = dict(self.models)
             for entry in store.index.models:
                 known = models.get(entry.name)
-                models[entry.name] = Model(entry, known.codec if known else store.load(entry, self.device))
+                models[entry.name] = Model(entry, known.codec) if known else self._loaded(store, entry)
             added = [name for name in models if name not in self.models]
             self._by_id = {model.entry.model_id: model for model in models.values()}
             self.models = models
@@ -223,25 +243,38 @@ class Engine:
                 raise
         return [results[index] for index in range(len(keys))]
 
+    def _tidy(self, pixels: int) -> None:
+        """Called after a photo of so many pixels."""
+        if self.device.type == "cpu" and pixels > LARGE_PIXELS:
+            release_heap()
+
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
+    def _parts(self, count: int, pixels: int) -> list[slice]:
+        """How a batch goes through the transforms: whole on a GPU, in parts of about `CPU_PIXELS` on the CPU."""
+        size = count if self.device.type != "cpu" else max(1, CPU_PIXELS // pixels)
+        return [slice(start, start + size) for start in range(0, count, size)]
+
     def _encode_group(self, model: Model, jobs: list[EncodeJob], times: StageTimes) -> list[Bitstream]:
-        codec = model.codec
-        rate = torch.tensor([job.rate - 1 for job in jobs], device=self.device)
-        x = torch.cat([self._padded(job.photo) for job in jobs])
-        with self._device, times.measure("transform"):
-            with self._autocast():
-                y, z_hat = codec.analyse(x, rate)
-            latents = codec.symbols_of(y, z_hat, rate)
-        with times.measure("entropy"):
-            coded = [codec.write(one) for one in latents]
-        return [
-            Bitstream(
-                model.entry.model_id, job.rate, job.photo.shape[1], job.photo.shape[0], (), one.outliers, one.payload
-            )
-            for job, one in zip(jobs, coded)
-        ]
+        codec, streams = model.codec, []
+
+        def transform(part: Sequence[EncodeJob]) -> list[LatentSymbols]:
+            with times.measure("transform"):
+                rate = torch.tensor([job.rate - 1 for job in part], device=self.device)
+                x = torch.cat([self._padded(job.photo) for job in part])
+                with self._autocast():
+                    y, z_hat = codec.analyse(x, rate)
+                return codec.symbols_of(y, z_hat, rate)
+
+        for part in self._parts(len(jobs), jobs[0].photo[..., 0].size):
+            latents = self._on_device(partial(transform, jobs[part]))
+            with times.measure("entropy"):
+                coded = [codec.write(one) for one in latents]
+            for job, one in zip(jobs[part], coded):
+                height, width = job.photo.shape[:2]
+                streams.append(Bitstream(model.entry.model_id, job.rate, width, height, (), one.outliers, one.payload))
+        return streams
 
     def _padded(self, photo: Photo) -> Tensor:
         """(1, 3, H, W) in [0, 1] on the device, padded."""
@@ -249,17 +282,25 @@ class Engine:
         return pad_to_stride(x)
 
     def _decode_group(self, model: Model, streams: list[Bitstream], times: StageTimes) -> list[Photo]:
-        codec = model.codec
-        rate = torch.tensor([stream.rate - 1 for stream in streams], device=self.device)
+        codec, photos = model.codec, []
         h, w = latent_size(streams[0].height, streams[0].width)
-        with times.measure("entropy"):
-            try:
-                coded = [Coded(stream.payload, stream.outliers) for stream in streams]
-                y_hat = codec.read(coded, rate, h, w, self._device)
-            except CorruptPayload as error:
-                raise CorruptBitstream(str(error)) from error
-        with self._device, times.measure("transform"):
-            with self._autocast():
-                x_hat = codec.synthesise(y_hat, rate)
-            pixels = (x_hat * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [np.ascontiguousarray(photo[: stream.height, : stream.width]) for photo, stream in zip(pixels, streams)]
+
+        def transform(y_hat: Tensor, rate: Tensor) -> NDArray[np.uint8]:
+            with times.measure("transform"):
+                with self._autocast():
+                    x_hat = codec.synthesise(y_hat, rate)
+                pixels: NDArray[np.uint8] = (x_hat * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+                return pixels
+
+        for part in self._parts(len(streams), streams[0].pixels):
+            rate = torch.tensor([stream.rate - 1 for stream in streams[part]], device=self.device)
+            coded = [Coded(stream.payload, stream.outliers) for stream in streams[part]]
+            with times.measure("entropy"):
+                try:
+                    y_hat = codec.read(coded, rate, h, w, self._on_device)
+                except CorruptPayload as error:
+                    raise CorruptBitstream(str(error)) from error
+            pixels = self._on_device(partial(transform, y_hat, rate))
+            photos += [np.ascontiguousarray(photo[: s.height, : s.width]) for photo, s in zip(pixels, streams[part])]
+        self._tidy(streams[0].pixels)
+        return photos

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 import time
 from types import FrameType
 
@@ -68,6 +69,8 @@ class DrainingServer(uvicorn.Server):
 def serve(settings: Settings) -> None:
     """Run the service until a signal ends it."""
     set_up_logging(settings)
+    # The device thread holds the interpreter lock between kernels; the event loop shall not wait 5 ms for it each time.
+    sys.setswitchinterval(0.001)
     app: FastAPI = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -79,4 +82,5 @@ def serve(settings: Settings) -> None:
         server_header=False,
     )
     server = DrainingServer(config, app.state.service)
-    asyncio.run(server.serve())
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(server.serve())

@@ -88,14 +88,17 @@ def both(script: Callable[[], Script], call: str, *args: object, policy: Policy 
 
 def test_what_failed_on_the_way_is_sent_again_in_full(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"j" * 200_000)
-    answers = (httpx.ConnectError("down"), problem(503, "draining"), httpx.ReadError("cut"))
+
+    def script() -> Script:
+        return Script(httpx.ConnectError("down"), problem(503, "draining"), httpx.ReadError("cut"), good())
+
     for body in (b"j" * 200_000, tmp_path / "a.jpg", lambda: iter([b"j" * 100_000] * 2)):
-        for script, result in both(lambda: Script(*answers, good()), "compress", body, rate=5):
+        for sent, result in both(script, "compress", body, rate=5):
             assert result.bitstream == b"stream"
             assert result.degradations == {"noise": 0.82, "haze": 0.31}
             assert result.timing == {"queue": 1.5, "transform": 80.0}
-            assert len(script.requests) == 4
-            for request in script.requests:
+            assert len(sent.requests) == 4
+            for request in sent.requests:
                 assert request.content == b"j" * 200_000
                 assert request.url.params["rate"] == "5"
                 assert request.headers["authorization"] == "Bearer key"
@@ -120,7 +123,7 @@ def test_what_will_not_succeed_is_not_repeated(status: int, slug: str, kind: typ
 
 
 def test_the_last_answer_is_raised_when_the_attempts_are_used_up() -> None:
-    for script, error in both(lambda: Script(*[problem(429, "queue-full")] * 4), "compress", b"photo"):
+    for script, error in both(lambda: Script(*(problem(429, "queue-full") for _ in range(4))), "compress", b"photo"):
         assert type(error) is ServiceBusy
         assert len(script.requests) == 4
     for _, error in both(lambda: Script(*[httpx.ConnectError("no route")] * 4), "decompress", b"stream"):

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,18 @@ from service.codec.tables import SKIPPED_LEVEL, Z_LIMIT, CdfTables, gaussian_tab
 from service.codec.transforms import Analysis, HyperAnalysis, Synthesis
 
 _UNIT = 2**MEAN_FRACTION
+
+T = TypeVar("T")
+
+
+class OnDevice(Protocol):
+    """Runs a function where torch is to run, and returns its result."""
+
+    def __call__(self, work: Callable[[], T], /) -> T: ...
+
+
+def _here(work: Callable[[], T]) -> T:
+    return work()
 
 
 @dataclass(frozen=True)
@@ -158,13 +170,10 @@ class ShippedCodec:
 
     # --- decoding ---------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def read(
-        self, coded: Sequence[Coded], rate: Tensor, h: int, w: int, device: AbstractContextManager[object] | None = None
-    ) -> Tensor:
+    def read(self, coded: Sequence[Coded], rate: Tensor, h: int, w: int, on_device: OnDevice = _here) -> Tensor:
         """Decode streams of one latent size (h, w) to y_hat (B, N, h, w) float32.
 
-        `device`, a lock, is held while the prior runs and free while the entropy coder does.
+        `on_device` runs the steps that are torch; by default they run here. Between them the entropy coder works here.
 
         Raises:
             CorruptPayload: the outliers of a stream contradict it. Any payload bytes decode to some picture.
@@ -174,40 +183,46 @@ class ShippedCodec:
         decoders = [Decoder(one.payload, hyper * zh * zw + n * h * w) for one in coded]
         outliers = [Outliers.from_bytes(one.outliers) for one in coded]
         channels = self._z_channels(hyper * zh * zw)
-        z_hat = torch.stack(
-            [
-                torch.from_numpy(decoder.take(channels, self.z_tables[index])).reshape(hyper, zh, zw)
-                for decoder, index in zip(decoders, rate.tolist())
-            ]
-        ).to(self.device, torch.float32)
-        mask = half_mask(n, h, w, self.device)
-        device = device or nullcontext()
-        with device:
-            features = self.prior.features(z_hat, rate, h, w)
-            first = self.prior.first_pass(features, rate)
+        z = [decoder.take(channels, self.z_tables[index]) for decoder, index in zip(decoders, rate.tolist())]
         starts = [0] * len(coded)
-        known = self._take(decoders, outliers, starts, first, mask)
-        with device:
-            second = self.prior.second_pass(features, known, rate)
-        rest = self._take(decoders, outliers, starts, second, ~mask)
+
+        def decode(levels: list[Symbols]) -> list[Symbols]:
+            """The symbols of one pass; moves `starts` on."""
+            symbols = [np.zeros(len(one), np.int32) for one in levels]
+            for index, (decoder, listed) in enumerate(zip(decoders, outliers)):
+                wanted = levels[index] != SKIPPED_LEVEL
+                taken = decoder.take(levels[index][wanted], self.y_tables)
+                symbols[index][wanted] = listed.within(starts[index], len(taken)).apply(taken)
+                starts[index] += len(taken)
+            return symbols
+
+        def first_pass() -> tuple[Tensor, Tensor, PriorOutput, list[Symbols]]:
+            mask = half_mask(n, h, w, self.device)
+            z_hat = torch.from_numpy(np.stack(z).reshape(-1, hyper, zh, zw)).to(self.device, torch.float32)
+            features = self.prior.features(z_hat, rate, h, w)
+            output = self.prior.first_pass(features, rate)
+            return mask, features, output, [_numpy(level[mask]) for level in output.level]
+
+        mask, features, first, levels = on_device(first_pass)
+        symbols0 = decode(levels)
+
+        def second_pass() -> tuple[Tensor, PriorOutput, list[Symbols]]:
+            known = self._placed(symbols0, first, mask)
+            output = self.prior.second_pass(features, known, rate)
+            return known, output, [_numpy(level[~mask]) for level in output.level]
+
+        known, second, levels = on_device(second_pass)
+        symbols1 = decode(levels)
         for start, listed in zip(starts, outliers):
             if len(listed.position) and listed.position[-1] >= start:
                 raise CorruptPayload(f"outliers: position {listed.position[-1]} of {start} coded latents")
-        return (known + rest) / _UNIT
+        return on_device(lambda: (known + self._placed(symbols1, second, ~mask)) / _UNIT)
 
-    def _take(
-        self, decoders: list[Decoder], outliers: list[Outliers], starts: list[int], output: PriorOutput, chosen: Tensor
-    ) -> Tensor:
-        """The latents of one pass in sixteenths, zero elsewhere; moves `starts` on."""
+    def _placed(self, symbols: list[Symbols], output: PriorOutput, chosen: Tensor) -> Tensor:
+        """The latents of one pass in sixteenths, zero elsewhere."""
         y_hat = torch.zeros_like(output.mean)
-        for index, (decoder, listed) in enumerate(zip(decoders, outliers)):
-            levels = _numpy(output.level[index][chosen])
-            coded = levels != SKIPPED_LEVEL
-            symbols = np.zeros(len(levels), np.int32)
-            taken = decoder.take(levels[coded], self.y_tables)
-            symbols[coded] = listed.within(starts[index], len(taken)).apply(taken)
-            starts[index] += len(taken)
-            y_hat[index][chosen] = torch.from_numpy(symbols).to(self.device, torch.float32) * _UNIT
+        for index, one in enumerate(symbols):
+            y_hat[index][chosen] = torch.from_numpy(one).to(self.device, torch.float32) * _UNIT
         return y_hat + output.mean * chosen
 
     @torch.inference_mode()
