@@ -95,6 +95,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory, bikes: Photo) -> Iterat
                     assert client.post(f"{service}/decompress", content=stream).status_code == 200
                     assert client.post(f"{service}/compress", content=b"no photo").status_code == 415
                     time.sleep(0.3)
+            time.sleep(3)  # the last scrape sees all of it
             yield base
         finally:
             process.terminate()

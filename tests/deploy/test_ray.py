@@ -79,6 +79,8 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Each node of a real cluster has a proxy that prefers its own replicas; here one proxy serves both nodes.
+    os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
     cluster = Cluster(copied_store(tmp_path_factory.mktemp("ray") / "store"))
     yield cluster
     cluster.close()
