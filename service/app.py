@@ -29,6 +29,7 @@ from service.exchange import CLIENT_GONE, PHASES, ClientGone
 from service.middleware import OPERATIONS, RequestMiddleware
 from service.routes import compress, decompress, health, variants
 from service.routes.compress import UNKNOWN
+from service.routes.page import mount_page
 from service.settings import Settings
 from service.state import Product, Ready, Service, Work
 from service.store import ModelStore
@@ -168,6 +169,7 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
     app.state.service = service
     for module in (compress, decompress, variants, health):
         app.include_router(module.router)
+    mount_page(app, enabled=service.settings.demo_page)
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientGone):

@@ -30,6 +30,7 @@ class Settings(BaseSettings):
         api_keys: comma-separated; where there are any, a request needs one as `Authorization: Bearer` or `X-API-Key`.
         cors_origins: comma-separated origins whose pages may call the service; none by default.
         otlp_endpoint: where OpenTelemetry traces go, over OTLP/HTTP; needs the extra `limpid[otel]`.
+        demo_page: whether `/` shows the page to drop a photo on.
         host, port: where `serve` listens.
         log_level, log_format: of the service's log on standard error.
     """
@@ -53,6 +54,7 @@ class Settings(BaseSettings):
     api_keys: Annotated[list[SecretStr], NoDecode] = []
     cors_origins: Annotated[list[str], NoDecode] = []
     otlp_endpoint: str | None = None
+    demo_page: bool = True
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -180,7 +180,7 @@ def train(
         path.with_suffix(".new").replace(path)
 
     log = (run / "log.jsonl").open("a")
-    bar = tqdm(total=round(60 * schedule.minutes), initial=round(seconds), unit="s", dynamic_ncols=True)
+    bar = tqdm(total=round(60 * schedule.minutes), initial=round(seconds), unit="s", dynamic_ncols=True, mininterval=1)
     sums: dict[str, float] = {}
     last, saved = time.monotonic(), time.monotonic()
     model.train()
@@ -222,8 +222,8 @@ def train(
             if math.isfinite(value):
                 sums[name] = sums.get(name, 0.0) + value
         now = time.monotonic()
-        seconds, last = seconds + now - last, now
-        bar.n = round(seconds)
+        seconds, last = seconds + min(now - last, 60.0), now  # a trainer stopped for a while has not trained
+        bar.update(round(seconds) - bar.n)
         if step % LOG_EVERY == 0:
             count, clean_count = sums.pop("count"), max(1.0, sums.pop("clean", 0.0))
             line = {name: value / (clean_count if name.startswith("clean") else count) for name, value in sums.items()}
@@ -231,7 +231,6 @@ def train(
             log.flush()
             bar.set_description(f"step {step}  {line['bpp']:.3f} bpp  {line['psnr']:.2f} dB", refresh=False)
             sums = {}
-        bar.refresh()
         done = seconds >= 60 * schedule.minutes
         if done or now - saved > CHECKPOINT_SECONDS:
             save()

@@ -1,9 +1,8 @@
-"""`/livez`, `/readyz`, `/metrics`, and the way from `/` to the documentation."""
+"""`/livez`, `/readyz` and `/metrics`."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
-from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
@@ -37,8 +36,3 @@ async def metrics(service: ServiceDependency) -> Response:
     """All series in the Prometheus text format."""
     service.metrics.observe_gpu_memory()
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-@router.get("/", include_in_schema=False)
-async def home() -> RedirectResponse:
-    return RedirectResponse("/docs")

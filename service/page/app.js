@@ -1,0 +1,156 @@
+// The demo page: takes a photo or a bitstream from wherever it comes, sends it there and back, and shows what came.
+
+import { Refused, compress, decompress, expectedBits } from "./service.js";
+import { Viewer } from "./viewer.js";
+import { worsen } from "./worse.js";
+
+const $ = id => document.getElementById(id);
+const viewer = new Viewer($("viewer"), $("canvas"));
+let photo = null, name = "photo", running = null, links = [], bits = null;
+
+const key = () => $("key").value || sessionStorage.getItem("limpid-key") || "";
+const bytes = n => n < 1e4 ? `${n} bytes` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(2)} MB`;
+
+function say(text) { $("status").textContent = text; }
+
+function complain(error) {
+  if (error.name === "AbortError") return;
+  $("error").textContent = error instanceof Refused ? error.message : `This browser cannot open it: ${error.message}`;
+  $("error").hidden = false;
+  say("");
+  if (error.status === 401) {
+    $("key-field").hidden = false;
+    $("key").focus();
+  }
+}
+
+function offer(id, blob, filename) {
+  const url = URL.createObjectURL(blob);
+  links.push(url);
+  $(id).href = url;
+  $(id).download = filename;
+}
+
+function showFacts(facts) {
+  for (const [id, text] of Object.entries(facts)) {
+    $(`fact-${id}`).textContent = text;
+    $(`fact-${id}`).parentElement.hidden = !text;
+  }
+  $("facts").hidden = false;
+}
+
+function showPictures(before, after) {
+  viewer.show(before, after);
+  $("empty").hidden = true;
+  $("tag-before").hidden = $("tag-after").hidden = !(before && after);
+}
+
+// Run one job; a newer one ends it. The job gets a signal.
+async function run(job) {
+  running?.abort();
+  running = new AbortController();
+  const { signal } = running;
+  $("error").hidden = true;
+  try {
+    await job(signal);
+  } catch (error) {
+    if (!signal.aborted) complain(error);
+  }
+}
+
+function finish(stream, restored) {
+  links.forEach(URL.revokeObjectURL);
+  links = [];
+  offer("save-stream", stream, `${name}.lmp`);
+  offer("save-photo", restored, `${name}-clean.png`);
+  $("downloads").hidden = false;
+  say("Done.");
+}
+
+const process = () => photo && run(async signal => {
+  const kind = document.querySelector("input[name=worse]:checked").value;
+  const upload = await worsen(photo, kind, Number($("strength").value));
+  const before = await createImageBitmap(upload).catch(() => null); // a TIFF, say: the service can, the browser cannot
+  if (signal.aborted) return;
+  if (before) showPictures(before, null);
+  say("Compressing...");
+  const packed = await compress(upload, $("rate").value, key(), signal);
+  say("Decompressing...");
+  const restored = await decompress(packed.stream, key(), signal);
+  const after = await createImageBitmap(restored.photo);
+  if (signal.aborted) return;
+  showPictures(before, after);
+  showFacts({
+    upload: bytes(upload.size),
+    stream: bytes(packed.stream.size),
+    bpp: packed.bpp.toFixed(3),
+    ratio: `${(upload.size / packed.stream.size).toFixed(1)} times`,
+    found: packed.found === "unknown" ? "" : packed.found,
+    model: `${packed.model}, rate ${packed.rate}`,
+    compress: packed.stages.join(", "),
+    decompress: restored.stages.join(", "),
+  });
+  finish(packed.stream, restored.photo);
+});
+
+const openStream = stream => run(async signal => {
+  photo = null;
+  say("Decompressing...");
+  const restored = await decompress(stream, key(), signal);
+  const after = await createImageBitmap(restored.photo);
+  showPictures(null, after);
+  showFacts({
+    upload: "",
+    stream: bytes(stream.size),
+    bpp: (8 * stream.size / (after.width * after.height)).toFixed(3),
+    ratio: "",
+    found: restored.found === "unknown" ? "" : restored.found,
+    model: `${restored.model}, rate ${restored.rate}`,
+    compress: "",
+    decompress: restored.stages.join(", "),
+  });
+  finish(stream, restored.photo);
+});
+
+function take(file) {
+  if (!file) return;
+  name = (file.name ?? "photo").replace(/\.[^.]*$/, "") || "photo";
+  if (/\.lmp$/i.test(file.name ?? "") || file.type === "application/vnd.limpid") {
+    openStream(file);
+  } else {
+    photo = file;
+    process();
+  }
+}
+
+function showRate() {
+  const rate = $("rate").value, [low, high] = bits?.[rate] ?? [];
+  const range = low && high ? `, about ${low.toFixed(2)} to ${high.toFixed(2)} bits per pixel` : "";
+  $("rate-text").textContent = rate + range;
+  $("rate").setAttribute("aria-valuetext", rate + range);
+}
+
+let later;
+const soon = () => { clearTimeout(later); later = setTimeout(process, 150); };
+
+$("file").addEventListener("change", event => take(event.target.files[0]));
+$("rate").addEventListener("input", () => { showRate(); soon(); });
+$("strength").addEventListener("input", soon);
+$("worse").addEventListener("change", event => { $("strength").disabled = event.target.value === "none"; soon(); });
+$("key").addEventListener("change", () => { sessionStorage.setItem("limpid-key", $("key").value); process(); });
+$("samples").addEventListener("click", async event => {
+  const sample = event.target.closest("button")?.dataset.sample;
+  if (!sample) return;
+  const blob = await (await fetch(`page/samples/${sample}.jpg`)).blob();
+  take(new File([blob], `${sample}.jpg`, { type: "image/jpeg" }));
+});
+document.addEventListener("paste", event => take(event.clipboardData?.files[0]));
+document.addEventListener("dragover", event => { event.preventDefault(); document.body.classList.add("dragging"); });
+document.addEventListener("dragleave", () => document.body.classList.remove("dragging"));
+document.addEventListener("drop", event => {
+  event.preventDefault();
+  document.body.classList.remove("dragging");
+  take(event.dataTransfer.files[0]);
+});
+bits = await expectedBits(key());
+showRate();

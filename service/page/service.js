@@ -1,0 +1,60 @@
+// The two calls of the service, and what their headers say. No element of the page is touched here.
+
+export class Refused extends Error {
+  constructor(status, detail) { super(detail); this.status = status; }
+}
+
+async function call(path, body, type, key, signal) {
+  const headers = { "Content-Type": type };
+  if (key) headers.Authorization = `Bearer ${key}`;
+  let response;
+  try {
+    response = await fetch(path, { method: "POST", body, headers, signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused(0, "The service cannot be reached.");
+  }
+  if (response.ok) return response;
+  const text = await response.text();
+  let detail = text;
+  try {
+    const problem = JSON.parse(text);
+    detail = `${problem.title}: ${problem.detail}`;
+  } catch { /* a proxy's page: shown as it is */ }
+  throw new Refused(response.status, detail || `status ${response.status}`);
+}
+
+function facts(response) {
+  const stages = (response.headers.get("Server-Timing") ?? "").split(",").map(part => part.trim()).filter(Boolean);
+  return {
+    rate: response.headers.get("Limpid-Rate"),
+    model: response.headers.get("Limpid-Model"),
+    found: response.headers.get("Limpid-Degradation"),
+    stages: stages.map(stage => stage.replace(/;dur=/, " ") + " ms"),
+  };
+}
+
+export async function compress(photo, rate, key, signal) {
+  const response = await call(`compress?rate=${rate}`, photo, photo.type || "application/octet-stream", key, signal);
+  const bpp = Number(response.headers.get("Limpid-Bpp"));
+  return { stream: await response.blob(), bpp, ...facts(response) };
+}
+
+export async function decompress(stream, key, signal) {
+  const response = await call("decompress", stream, "application/vnd.limpid", key, signal);
+  return { photo: await response.blob(), ...facts(response) };
+}
+
+// Mean bits per pixel of each rate point on clean and on noisy photos, as measured; null where nothing is known.
+export async function expectedBits(key) {
+  try {
+    const response = await fetch("variants", { headers: key ? { Authorization: `Bearer ${key}` } : {} });
+    const model = (await response.json()).models.find(one => one.default);
+    return Object.fromEntries(model.variants.map(variant => {
+      const bits = kind => variant.measured.find(m => m.photos === "kodak" && m.degradation === kind)?.bpp;
+      return [variant.rate, [bits("noise-25"), bits("clean")]];
+    }));
+  } catch {
+    return null;
+  }
+}

@@ -1,0 +1,229 @@
+"""The demo page in a real headless Chromium against a real server, as a visitor uses it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from service.codec.bitstream import Bitstream
+from service.engine import Photo
+from service.imaging import read_photo
+from tests.conftest import image_bytes, noisy, psnr
+from tests.served import served
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+SHOTS = Path(__file__).parents[1] / "docs" / "screenshots"
+WIDTHS = {"phone": (390, 844), "tablet": (820, 1180), "desk": (1440, 900)}
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[str]:
+    with served() as (base, _):
+        yield base
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None and not os.environ.get("CI"):
+        pytest.skip("no Chromium here; `make test` installs Debian's where it may")
+    assert chromium, "no Chromium here"
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: playwright.Browser, base: str) -> Iterator[playwright.Page]:
+    """A fresh visit; a message of the console (a broken policy, a missing file) fails the test."""
+    page = browser.new_page(viewport={"width": 1200, "height": 800})
+    page.set_default_timeout(60_000)
+    complaints: list[str] = []
+    foreign: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith((base, "blob:")) else foreign.append(r.url))
+    page.goto(base)
+    playwright.expect(page.locator("#rate-text")).to_contain_text("bits per pixel")
+    yield page
+    assert not foreign
+    assert not [text for text in complaints if "status of 4" not in text]
+    page.close()
+
+
+def upload(page: playwright.Page, name: str, data: bytes, kind: str = "image/png") -> None:
+    page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
+
+
+def done(page: playwright.Page) -> None:
+    playwright.expect(page.locator("#status")).to_have_text("Done.")
+
+
+def saved(page: playwright.Page, link: str) -> tuple[str, bytes]:
+    with page.expect_download() as waiting:
+        page.click(link)
+    return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
+
+
+def test_an_upload_comes_back_clean_and_can_be_saved(page: playwright.Page, parrots: Photo) -> None:
+    degraded = noisy(parrots)
+    upload(page, "camera.png", image_bytes(degraded))
+    done(page)
+    name, data = saved(page, "#save-stream")
+    stream = Bitstream.from_bytes(data)
+    assert (name, stream.rate, stream.width) == ("camera.lmp", 4, 256)
+    assert page.inner_text("#fact-stream") == f"{len(data)} bytes"
+    assert float(page.inner_text("#fact-bpp")) == pytest.approx(8 * len(data) / 256**2, abs=0.001)
+    for stage in ("image_decode", "queue", "transform", "entropy"):
+        assert stage in page.inner_text("#fact-compress")
+    name, data = saved(page, "#save-photo")
+    assert name == "camera-clean.png"
+    assert psnr(read_photo(data, 10**6), parrots) > psnr(degraded, parrots) + 3
+
+
+def test_the_slider_chooses_the_rate_point_by_keyboard(page: playwright.Page, bikes: Photo) -> None:
+    upload(page, "a.png", image_bytes(bikes))
+    done(page)
+    small = page.inner_text("#fact-stream")
+    page.focus("#rate")
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    playwright.expect(page.locator("#fact-model")).to_have_text(re.compile("rate 8"))
+    assert re.match(r"8, about 0\.\d\d to 0\.\d\d bits per pixel", page.inner_text("#rate-text"))
+    assert page.inner_text("#fact-stream") != small
+
+
+def canvas_colour(page: playwright.Page, x: float, y: float) -> list[int]:
+    """The canvas' colour at a place given as shares of its size."""
+    colour: list[int] = page.evaluate(
+        """([x, y]) => { const c = document.getElementById("canvas");
+        return [...c.getContext("2d").getImageData(x * c.width, y * c.height, 1, 1).data].slice(0, 3); }""",
+        [x, y],
+    )
+    return colour
+
+
+def roughness(page: playwright.Page, left: float, right: float) -> float:
+    """Mean difference of neighbouring pixels of the canvas between two shares of its width: noise is rough."""
+    value: float = page.evaluate(
+        """([left, right]) => { const c = document.getElementById("canvas"), w = Math.floor((right - left) * c.width);
+        const d = c.getContext("2d").getImageData(left * c.width, 0.3 * c.height, w, 0.4 * c.height).data;
+        let sum = 0;
+        for (let i = 4; i < d.length; i += 4) sum += Math.abs(d[i] - d[i - 4]);
+        return sum / d.length; }""",
+        [left, right],
+    )
+    return value
+
+
+def test_the_divider_moves_by_mouse_and_keyboard_and_shows_before_and_after(page: playwright.Page) -> None:
+    page.click("button[data-sample=noise]")
+    done(page)
+    assert roughness(page, 0.3, 0.48) > 1.5 * roughness(page, 0.52, 0.7)
+    box = page.locator("#viewer").bounding_box()
+    assert box
+    middle = box["y"] + box["height"] / 4
+    page.mouse.move(box["x"] + box["width"] / 2, middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.9, middle, steps=5)
+    page.mouse.up()
+    assert page.get_attribute("#viewer", "aria-valuenow") == "90"
+    rough = roughness(page, 0.52, 0.7)
+    page.focus("#viewer")
+    page.keyboard.press("Home")
+    assert page.get_attribute("#viewer", "aria-valuenow") == "0"
+    assert rough > 1.5 * roughness(page, 0.52, 0.7)
+    before = canvas_colour(page, 0.5, 0.5)
+    for _ in range(8):
+        page.keyboard.press("+")
+    page.keyboard.press("Shift+ArrowRight")
+    assert canvas_colour(page, 0.5, 0.5) != before or canvas_colour(page, 0.4, 0.5) != before
+    page.keyboard.press("0")
+    assert canvas_colour(page, 0.5, 0.5) == before
+
+
+def test_an_error_is_shown_as_the_service_words_it(page: playwright.Page, bikes: Photo, base: str) -> None:
+    upload(page, "no.png", b"this is no picture")
+    detail = httpx2.post(f"{base}/compress", content=b"this is no picture").json()["detail"]
+    playwright.expect(page.locator("#error")).to_contain_text(detail)
+    upload(page, "yes.png", image_bytes(bikes))
+    done(page)
+    playwright.expect(page.locator("#error")).to_be_hidden()
+
+
+def test_a_bitstream_file_opens_directly(page: playwright.Page, bikes: Photo, base: str) -> None:
+    data = httpx2.post(f"{base}/compress", content=image_bytes(bikes)).content
+    upload(page, "from-elsewhere.lmp", data, "application/octet-stream")
+    done(page)
+    assert page.inner_text("#fact-stream") == f"{len(data)} bytes"
+    assert saved(page, "#save-photo")[0] == "from-elsewhere-clean.png"
+    upload(page, "cut.lmp", data[:50], "application/octet-stream")
+    playwright.expect(page.locator("#error")).to_contain_text("orrupt bitstream")
+
+
+def test_a_photo_can_be_dropped_and_pasted(page: playwright.Page) -> None:
+    make = """kind => fetch("page/samples/rain.jpg").then(r => r.blob()).then(blob => {
+        const data = new DataTransfer(); data.items.add(new File([blob], `${kind}.jpg`, { type: "image/jpeg" }));
+        const event = kind === "drop" ? new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true })
+                                      : new ClipboardEvent("paste", { clipboardData: data, bubbles: true });
+        document.body.dispatchEvent(event); })"""
+    for kind in ("drop", "paste"):
+        page.evaluate(make, kind)
+        playwright.expect(page.locator("#save-stream")).to_have_attribute("download", f"{kind}.lmp")
+        done(page)
+
+
+@pytest.mark.parametrize("kind", ["noise", "rain", "haze"])
+def test_make_it_worse_makes_it_worse_and_limpid_makes_it_better(
+    page: playwright.Page, parrots: Photo, kind: str
+) -> None:
+    upload(page, "clean.png", image_bytes(parrots))
+    done(page)
+    untouched = page.inner_text("#fact-upload")
+    page.check(f"input[name=worse][value={kind}]")
+    playwright.expect(page.locator("#fact-upload")).not_to_have_text(untouched)
+    done(page)
+    worse = page.evaluate(
+        """async ([bytes, kind]) => { const { worsen } = await import("./page/worse.js");
+        const blob = await worsen(new Blob([new Uint8Array(bytes)]), kind, 5);
+        return [...new Uint8Array(await blob.arrayBuffer())]; }""",
+        [list(image_bytes(parrots)), kind],
+    )
+    _, data = saved(page, "#save-photo")
+    assert psnr(read_photo(data, 10**6), parrots) > psnr(read_photo(bytes(worse), 10**6), parrots) + 1
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_its_screen(browser: playwright.Browser, base: str, name: str, scheme: str) -> None:
+    width, height = WIDTHS[name]
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page.goto(base)
+    page.click("button[data-sample=noise]")
+    done(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if os.environ.get("LIMPID_SCREENSHOTS") and (scheme == "light" or name == "desk"):
+        SHOTS.mkdir(exist_ok=True)
+        page.screenshot(path=SHOTS / f"{name}-{scheme}.jpg", full_page=True, type="jpeg", quality=82)
+    page.close()
+
+
+def test_the_page_may_load_nothing_from_elsewhere_and_can_be_switched_off(base: str) -> None:
+    policy = httpx2.get(base).headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    assert httpx2.get(f"{base}/page/app.js").headers["content-security-policy"] == policy
+    with served(demo_page="false") as (other, _):
+        assert httpx2.get(other, follow_redirects=False).headers["location"] == "docs"
+        assert httpx2.get(f"{other}/page/app.js").status_code == 404
