@@ -1,54 +1,154 @@
-"""`python -m service` (also `limpid`): serve; compress and decompress without a server; look after a model store."""
+"""`limpid` (also `python -m service`): a learned image codec that compresses and restores at once."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
+from service.client import Client, LimpidError
+from service.files import Pair, pair_up, sources, write_whole
+from service.imaging import OutputFormat
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    from service.local import Local
 
-def _serve(args: argparse.Namespace, _: Settings) -> None:
+PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp")
+ERRORS = (ValueError, OSError, MemoryError, LimpidError)
+LOCAL_AT_ONCE, REMOTE_AT_ONCE = 2, 8
+
+
+def _serve(args: argparse.Namespace, _: Settings) -> int:
     from service.server import serve
 
     chosen = {name: value for name in ("host", "port") if (value := getattr(args, name)) is not None}
     serve(Settings(**chosen))
+    return 0
 
 
-def _compress(args: argparse.Namespace, settings: Settings) -> None:
-    from service.engine import EncodeJob, Engine
-    from service.imaging import read_photo
-    from service.store import ModelStore
+def _codec(args: argparse.Namespace, settings: Settings) -> Client | Local:
+    """The codec that the arguments choose: a server's with `--url`, else this machine's."""
+    if args.url:
+        return Client(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"))
+    from service.local import Local
 
-    photo = read_photo(args.input.read_bytes(), settings.max_pixels)
-    engine = Engine(ModelStore(settings.store), settings.device, settings.precision)
-    (stream,) = engine.encode([EncodeJob(photo, args.rate, args.model)])
-    data = stream.to_bytes()
-    args.output.write_bytes(data)
-    print(f"{args.output}: {len(data)} bytes, {8 * len(data) / stream.pixels:.3f} bits per pixel")
+    return Local(settings)
 
 
-def _decompress(args: argparse.Namespace, settings: Settings) -> None:
-    from service.codec.bitstream import Bitstream
-    from service.engine import Engine
-    from service.imaging import OutputFormat, write_photo
-    from service.store import ModelStore
+def _run(pairs: Sequence[Pair], work: Callable[[bytes, Path], tuple[bytes, str]], args: argparse.Namespace) -> int:
+    """Do `work` for each pair, a few at a time; name every file that fails and go on. Returns the exit status."""
 
-    stream = Bitstream.from_bytes(args.input.read_bytes())
-    if stream.pixels > settings.max_pixels:
-        raise ValueError(f"expected at most {settings.max_pixels} pixels, got {stream.width}x{stream.height}")
-    suffix = args.output.suffix.lower().lstrip(".").replace("jpg", "jpeg")
-    outputs = {output.name.lower(): output for output in OutputFormat}
-    if suffix not in outputs:
-        raise ValueError(f"expected an output name that ends in one of {', '.join(outputs)}, got {args.output}")
-    engine = Engine(ModelStore(settings.store), settings.device, settings.precision)
-    (photo,) = engine.decode([stream])
-    args.output.write_bytes(write_photo(photo, outputs[suffix]))
-    print(f"{args.output}: {stream.width}x{stream.height}")
+    def one(pair: Pair) -> str:
+        if pair.target and pair.target.exists() and not args.force:
+            raise FileExistsError(f"{pair.target} exists, --force overwrites it")
+        data = pair.source.read_bytes() if pair.source else sys.stdin.buffer.read()
+        result, said = work(data, pair.source or Path("standard input"))
+        if pair.target is None:
+            sys.stdout.buffer.write(result)
+            sys.stdout.buffer.flush()
+            return ""
+        pair.target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(pair.target, result, overwrite=args.force)
+        return f"{pair.target}: {len(result)} bytes, {said}"
+
+    failed = 0
+    pool = ThreadPoolExecutor(REMOTE_AT_ONCE if args.url else LOCAL_AT_ONCE)
+    try:
+        jobs = [pool.submit(one, pair) for pair in pairs]
+        for pair, job in tqdm(zip(pairs, jobs), total=len(pairs), unit="file", disable=None, leave=False):
+            try:
+                if said := job.result():
+                    tqdm.write(said)
+            except ERRORS as error:
+                failed += 1
+                tqdm.write(f"limpid: {pair.source or 'standard input'}: {_words(error)}", file=sys.stderr)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if len(pairs) > 1:
+        print(f"{len(pairs) - failed} of {len(pairs)} files done, {failed} failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def _variants(_: argparse.Namespace, settings: Settings) -> None:
+def _words(error: BaseException) -> str:
+    if isinstance(error, LimpidError):
+        return error.detail
+    return f"{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error) or "out of memory"
+
+
+def _compress(args: argparse.Namespace, settings: Settings) -> int:
+    pairs = pair_up(args.inputs, args.output, takes=PHOTOS, gives=".lmp")
+    with closing(_codec(args, settings)) as codec:
+
+        def work(data: bytes, _: Path) -> tuple[bytes, str]:
+            done = codec.compress(
+                data, rate=args.rate, max_bytes=args.max_bytes, target_bpp=args.target_bpp, model=args.model
+            )
+            return done.bitstream, f"{done.bpp:.3f} bits per pixel at rate point {done.rate}"
+
+        return _run(pairs, work, args)
+
+
+def _decompress(args: argparse.Namespace, settings: Settings) -> int:
+    formats = {f".{output.name.lower()}": output for output in OutputFormat} | {".jpg": OutputFormat.JPEG}
+    named = Path(args.output or "").suffix.lower()
+    chosen = f".{args.format}" if args.format else named or ".png"
+    if chosen not in formats:
+        raise ValueError(f"expected an output name that ends in one of {', '.join(formats)}, got {args.output}")
+    output = formats[chosen]
+    if args.quality is not None and output.default_quality is None:
+        raise ValueError(f"expected --quality only with a lossy format, got it with {output.name}")
+    pairs = pair_up(args.inputs, args.output, takes=(".lmp",), gives=chosen)
+    with closing(_codec(args, settings)) as codec:
+
+        def work(data: bytes, _: Path) -> tuple[bytes, str]:
+            done = codec.decompress(data, media_type=output.media_type, quality=args.quality)
+            return done.image, f"restored from {len(data)} bytes by {done.model}"
+
+        return _run(pairs, work, args)
+
+
+def _info(args: argparse.Namespace, settings: Settings) -> int:
+    from service.inspection import describe
+
+    failed = 0
+    for source in sources(args.inputs, takes=(".lmp",)):
+        name = str(source or "standard input")
+        try:
+            facts = describe(source.read_bytes() if source else sys.stdin.buffer.read(), settings.store)
+        except ERRORS as error:
+            failed += 1
+            print(f"limpid: {name}: {_words(error)}", file=sys.stderr)
+            continue
+        if args.json:
+            print(json.dumps({"file": name, **facts}))
+        else:
+            print(name)
+            for label, value in facts.items():
+                print(f"  {label.replace('_', ' '):18} {value}")
+    return 1 if failed else 0
+
+
+def _compare(args: argparse.Namespace, settings: Settings) -> int:
+    from service.inspection import compare
+
+    original, stream = args.photo.read_bytes(), args.bitstream.read_bytes()
+    with closing(_codec(args, settings)) as codec:
+        restored = codec.decompress(stream).image
+    for label, value in compare(original, stream, restored, settings.max_pixels).items():
+        print(f"{label:34} {value}")
+    return 0
+
+
+def _variants(_: argparse.Namespace, settings: Settings) -> int:
     from service.store import ModelStore
 
     store = ModelStore(settings.store)
@@ -57,9 +157,10 @@ def _variants(_: argparse.Namespace, settings: Settings) -> None:
         print(f"{entry.name}{mark}: size {entry.size}, id {entry.model_id.hex()}, {entry.rate_points} rate points")
         for m in entry.measured:
             print(f"  rate {m.rate}  {m.photos:10} {m.degradation:12} {m.bpp:6.3f} bpp  {m.psnr:5.2f} dB")
+    return 0
 
 
-def _verify(args: argparse.Namespace, settings: Settings) -> None:
+def _verify(args: argparse.Namespace, settings: Settings) -> int:
     import torch
 
     from service.store import ModelStore
@@ -68,22 +169,25 @@ def _verify(args: argparse.Namespace, settings: Settings) -> None:
     for entry in store.index.models:
         store.load(entry, torch.device("cpu"))
         print(f"{entry.name}: {entry.sha256} {entry.file}, known answer {entry.known_answer[:16]}...: good")
+    return 0
 
 
-def _add(args: argparse.Namespace, settings: Settings) -> None:
+def _add(args: argparse.Namespace, settings: Settings) -> int:
     from service.store import ModelStore
 
     store = ModelStore(args.store or settings.store)
     store.add(ModelStore(args.source), args.name)
     print(f"{args.name}: added to {store.folder}; the default is still {store.index.default}")
+    return 0
 
 
-def _default(args: argparse.Namespace, settings: Settings) -> None:
+def _default(args: argparse.Namespace, settings: Settings) -> int:
     from service.store import ModelStore
 
     store = ModelStore(args.store or settings.store)
     store.set_default(args.name)
     print(f"{args.name}: the default of {store.folder}; a running service takes it up on SIGHUP")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,16 +197,32 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="port to listen on, 0 for any")
     serve.set_defaults(run=_serve)
-    compress = commands.add_parser("compress", help="a photo to a bitstream")
-    compress.add_argument("input", type=Path)
-    compress.add_argument("output", type=Path)
-    compress.add_argument("--rate", type=int, default=4, choices=range(1, 9), metavar="1..8")
-    compress.add_argument("--model", help="name of a model of the store")
+    files = argparse.ArgumentParser(add_help=False)
+    files.add_argument("inputs", nargs="+", metavar="IN", help="files, folders, patterns, or - for standard input")
+    files.add_argument("-o", "--output", metavar="OUT", help="a folder, a file's name, or -; else beside each input")
+    files.add_argument("--force", action="store_true", help="overwrite files that exist")
+    remote = argparse.ArgumentParser(add_help=False)
+    remote.add_argument("--url", help="use the server there, not this machine")
+    remote.add_argument("--api-key", help="for the server, else LIMPID_API_KEY")
+    compress = commands.add_parser("compress", help="photos to bitstreams", parents=[files, remote])
+    size = compress.add_mutually_exclusive_group()
+    size.add_argument("--rate", type=int, choices=range(1, 9), metavar="1..8", help="rate point, 4 by default")
+    size.add_argument("--max-bytes", type=int, metavar="N", help="best rate point of at most so many bytes")
+    size.add_argument("--target-bpp", type=float, metavar="F", help="best rate point of at most so many bits per pixel")
+    compress.add_argument("--model", help="name of a model, see variants")
     compress.set_defaults(run=_compress)
-    decompress = commands.add_parser("decompress", help="a bitstream to the clean photo")
-    decompress.add_argument("input", type=Path)
-    decompress.add_argument("output", type=Path, help="a .png, .jpg, .webp or .avif name")
+    decompress = commands.add_parser("decompress", help="bitstreams to clean photos", parents=[files, remote])
+    decompress.add_argument("--format", choices=[output.name.lower() for output in OutputFormat], help="png by default")
+    decompress.add_argument("--quality", type=int, choices=range(1, 101), metavar="1..100", help="of a lossy format")
     decompress.set_defaults(run=_decompress)
+    info = commands.add_parser("info", help="everything that bitstreams say of themselves")
+    info.add_argument("inputs", nargs="+", metavar="FILE.lmp", help="files, folders, patterns, or -")
+    info.add_argument("--json", action="store_true", help="one JSON object a line")
+    info.set_defaults(run=_info)
+    compare = commands.add_parser("compare", help="a photo beside its bitstream, in figures", parents=[remote])
+    compare.add_argument("photo", type=Path, metavar="IN.png", help="what was compressed, or the clean original")
+    compare.add_argument("bitstream", type=Path, metavar="FILE.lmp")
+    compare.set_defaults(run=_compare)
     variants = commands.add_parser("variants", help="the models of the store and what was measured of them")
     variants.set_defaults(run=_variants)
     store = commands.add_parser("store", help="look after a model store")
@@ -120,11 +240,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, or 1 after an error that was printed."""
+    """Run one command.
+
+    Returns:
+        The exit status: 0; 1 where something failed, which was printed; 130 after an interrupt. Wrong usage exits: 2.
+    """
     args = _parser().parse_args(argv)
     try:
-        args.run(args, Settings())
-    except (ValueError, OSError) as error:
+        return int(args.run(args, Settings()))
+    except ERRORS as error:
         print(f"limpid: {error}", file=sys.stderr)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        return 130

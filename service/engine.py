@@ -123,6 +123,10 @@ class Engine:
         self._by_id = {model.entry.model_id: model for model in self.models.values()}
         self._refreshing = threading.Lock()
 
+    def close(self) -> None:
+        """End the engine's thread once its work is done."""
+        self._device_thread.shutdown()
+
     def _on_device(self, work: Callable[[], T]) -> T:
         """Run torch work in the engine's thread and wait for it."""
         return self._device_thread.submit(torch.inference_mode()(work)).result()

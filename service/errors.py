@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service.batching import DeviceBroken, Draining, QueueFull
+from service.budget import UnmeetableBudget
 from service.codec.bitstream import BitstreamError, NotABitstream, UnsupportedVersion
 from service.engine import UnknownModel
 from service.imaging import CorruptImage, NotAnImage, TooManyPixels
@@ -63,6 +64,7 @@ EXCHANGE = (MALFORMED, EMPTY, BAD_KEY, BODY_TIMEOUT, TOO_LARGE, UNKNOWN_MODEL, T
 """What both calls may answer with."""
 
 _TABLE: tuple[tuple[type[Exception], Kind], ...] = (  # the first match counts, so subclasses come first
+    (UnmeetableBudget, BUDGET),
     (UnknownModel, UNKNOWN_MODEL),
     (NotABitstream, NOT_A_BITSTREAM),
     (UnsupportedVersion, UNSUPPORTED_VERSION),

@@ -8,7 +8,6 @@ Nothing here encodes or decodes.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from safetensors.torch import load as load_tensors
 from service.codec.bitstream import MODEL_ID_BYTES
 from service.codec.config import RATE_POINTS
 from service.codec.shipped import ShippedCodec
+from service.files import write_whole
 
 STORE_FILE = "store.json"
 
@@ -118,7 +118,7 @@ class ModelStore:
             if known.name == name or known.model_id == entry.model_id:
                 raise StoreError(f"{self.folder} has model {known.name} with id {known.model_id.hex()} already")
         source.load(entry, torch.device("cpu"))
-        _replace(self.folder / entry.file, (source.folder / entry.file).read_bytes())
+        write_whole(self.folder / entry.file, (source.folder / entry.file).read_bytes())
         self._write(self.index.model_copy(update={"models": [*self.index.models, entry]}))
 
     def set_default(self, name: str) -> None:
@@ -130,7 +130,7 @@ class ModelStore:
         self._write(self.index.model_copy(update={"default": self.entry(name).name}))
 
     def _write(self, index: StoreIndex) -> None:
-        _replace(self.folder / STORE_FILE, index.model_dump_json(indent=2).encode() + b"\n")
+        write_whole(self.folder / STORE_FILE, index.model_dump_json(indent=2).encode() + b"\n")
         self.index = index
 
     def load(self, entry: ModelEntry, device: torch.device) -> ShippedCodec:
@@ -160,13 +160,3 @@ class ModelStore:
                 f"{entry.known_answer[:16]}...: bitstreams made here would not decode elsewhere"
             )
         return codec
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    new = path.with_name(f".{path.name}.new")
-    with new.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

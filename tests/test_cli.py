@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -13,28 +16,131 @@ from service.imaging import read_photo
 from tests.conftest import copied_store, image_bytes, noisy, other_store, psnr
 from tests.served import served
 
+Lines = pytest.CaptureFixture[str]
 
-def test_compress_and_decompress_files(tmp_path: Path, parrots: Photo, capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_compress_and_decompress_files(tmp_path: Path, parrots: Photo, capsys: Lines) -> None:
     degraded = noisy(parrots)
     (tmp_path / "in.png").write_bytes(image_bytes(degraded))
-    assert main(["compress", str(tmp_path / "in.png"), str(tmp_path / "a.lmp"), "--rate", "5"]) == 0
-    assert "bits per pixel" in capsys.readouterr().out
-    assert main(["decompress", str(tmp_path / "a.lmp"), str(tmp_path / "out.png")]) == 0
-    back = read_photo((tmp_path / "out.png").read_bytes(), 10**6)
-    assert psnr(back, parrots) > psnr(degraded, parrots) + 3
+    assert main(["compress", str(tmp_path / "in.png"), "--rate", "5"]) == 0
+    assert "bits per pixel at rate point 5" in capsys.readouterr().out
+    assert main(["decompress", str(tmp_path / "in.lmp"), "-o", str(tmp_path / "out.webp")]) == 0
+    data = (tmp_path / "out.webp").read_bytes()
+    assert data[8:12] == b"WEBP"
+    assert psnr(read_photo(data, 10**6), parrots) > psnr(degraded, parrots) + 3
 
 
-def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_is_kept(tmp_path: Path, bikes: Photo, capsys: Lines) -> None:
+    (tmp_path / "in.png").write_bytes(image_bytes(bikes))
+    assert main(["compress", str(tmp_path / "in.png"), "--max-bytes", "4000"]) == 0
+    assert (tmp_path / "in.lmp").stat().st_size <= 4000
+    assert main(["compress", str(tmp_path / "in.png"), "--max-bytes", "40", "--force"]) == 1
+    assert "at least" in capsys.readouterr().err
+
+
+def test_a_folder_of_100_with_3_broken_ones(tmp_path: Path, bikes: Photo, capsys: Lines) -> None:
+    """The 97 are finished, the three are named, and folders keep their shape."""
+    broken = ("day/7.jpg", "night/50.jpg", "night/99.jpg")
+    for index in range(100):
+        path = tmp_path / "in" / ("day" if index < 50 else "night") / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        crop = bikes[index : index + 48, :64]
+        path.write_bytes(image_bytes(crop, "JPEG"))
+    (tmp_path / "in/notes.txt").write_text("not a photo, and nobody's business")
+    (tmp_path / "in" / broken[0]).write_bytes(b"")
+    (tmp_path / "in" / broken[1]).write_bytes(b"no photo")
+    (tmp_path / "in" / broken[2]).write_bytes(image_bytes(bikes, "JPEG")[:2000])
+    assert main(["compress", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    named = [line for line in said.err.splitlines() if line.startswith("limpid: ")]
+    assert [name for name in broken if any(name in line for line in named)] == list(broken)
+    assert len(named) == 3
+    assert "97 of 100 files done, 3 failed" in said.err
+    done = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert len(done) == 97
+    assert Path("night/51.lmp") in done
+    assert (
+        main(["decompress", str(tmp_path / "out/night/*.lmp"), "-o", str(tmp_path / "clean"), "--format", "jpeg"]) == 0
+    )
+    assert len(list((tmp_path / "clean").glob("*.jpeg"))) == 48
+
+
+def test_nothing_is_overwritten_without_force(tmp_path: Path, bikes: Photo, capsys: Lines) -> None:
+    (tmp_path / "in.png").write_bytes(image_bytes(bikes[:32, :32]))
+    (tmp_path / "in.lmp").write_bytes(b"precious")
+    assert main(["compress", str(tmp_path / "in.png")]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert (tmp_path / "in.lmp").read_bytes() == b"precious"
+    assert main(["compress", str(tmp_path / "in.png"), "--force"]) == 0
+    assert (tmp_path / "in.lmp").read_bytes()[:4] == b"\x89LMP"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.lmp", "in.png"]
+
+
+def test_pipes(parrots: Photo) -> None:
+    def limpid(*args: str, given: bytes) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run([sys.executable, "-m", "service", *args], input=given, capture_output=True)
+
+    stream = limpid("compress", "-", given=image_bytes(parrots)).stdout
+    picture = limpid("decompress", "-", "-o", "-", given=stream).stdout
+    assert psnr(read_photo(picture, 10**6), parrots) > 26
+    facts = json.loads(limpid("info", "--json", "-", given=stream).stdout)
+    assert (facts["width"], facts["height"], facts["rate_point"]) == (256, 256, 4)
+    assert facts["bytes"] == len(stream)
+    failed = limpid("compress", "-", given=b"no photo")
+    assert (failed.returncode, failed.stdout) == (1, b"")
+    assert failed.stderr.startswith(b"limpid: standard input: expected an image")
+
+
+def test_info_and_compare_say_what_is_there(tmp_path: Path, parrots: Photo, capsys: Lines) -> None:
+    (tmp_path / "in.png").write_bytes(image_bytes(parrots))
+    assert main(["compress", str(tmp_path / "in.png")]) == 0
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "in.lmp"), str(tmp_path / "in.png")]) == 1
+    said = capsys.readouterr()
+    assert "in.png: expected a Limpid bitstream" in said.err
+    for words in ("rate point         4", "width              256", "checksum           good", "edge"):
+        assert words in said.out
+    assert main(["compare", str(tmp_path / "in.png"), str(tmp_path / "in.lmp")]) == 0
+    said = capsys.readouterr()
+    size = (tmp_path / "in.lmp").stat().st_size
+    assert f"{size} (" in said.out
+    assert " dB" in said.out
+
+
+def test_a_server_does_the_work(tmp_path: Path, parrots: Photo, capsys: Lines) -> None:
+    (tmp_path / "in.png").write_bytes(image_bytes(parrots))
+    (tmp_path / "bad.png").write_bytes(b"no photo")
+    with served(api_keys="sesame") as (base, _):
+        at = ["--url", base, "--api-key", "sesame"]
+        assert main(["compress", str(tmp_path / "*.png"), "-o", str(tmp_path), *at]) == 1
+        assert "bad.png: expected an image" in capsys.readouterr().err
+        assert main(["decompress", str(tmp_path / "in.lmp"), "-o", str(tmp_path / "out.png"), *at]) == 0
+        assert main(["compress", str(tmp_path / "in.png"), "--force", "--url", base]) == 1
+        assert "API key" in capsys.readouterr().err
+    assert psnr(read_photo((tmp_path / "out.png").read_bytes(), 10**6), parrots) > 26
+
+
+def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: Lines) -> None:
     (tmp_path / "in.png").write_bytes(b"no image")
-    assert main(["compress", str(tmp_path / "in.png"), str(tmp_path / "a.lmp")]) == 1
-    assert main(["decompress", str(tmp_path / "in.png"), str(tmp_path / "a.png")]) == 1
-    assert main(["decompress", str(tmp_path / "missing"), str(tmp_path / "a.png")]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
-    assert all(line.startswith("limpid: ") for line in lines)
+    (tmp_path / "empty").mkdir()
+    for args in (
+        ["compress", str(tmp_path / "in.png")],
+        ["compress", str(tmp_path / "empty")],
+        ["compress", "-", str(tmp_path / "in.png")],
+        ["decompress", str(tmp_path / "in.png")],
+        ["decompress", str(tmp_path / "missing"), "-o", str(tmp_path / "a.png")],
+        ["decompress", str(tmp_path / "missing"), "-o", str(tmp_path / "a.gif")],
+    ):
+        assert main(args) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("limpid: ")
+        assert len(said.splitlines()) == 1
+    with pytest.raises(SystemExit) as stopped:
+        main(["compress", "a.png", "--rate", "9"])
+    assert stopped.value.code == 2
 
 
-def test_store_commands_verify_add_and_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_store_commands_verify_add_and_choose(tmp_path: Path, capsys: Lines) -> None:
     copied_store(tmp_path / "store")
     other_store(tmp_path / "other", "edge-next")
     here = ["--store", str(tmp_path / "store")]
@@ -47,12 +153,12 @@ def test_store_commands_verify_add_and_choose(tmp_path: Path, capsys: pytest.Cap
     assert "edge-next" in capsys.readouterr().err
 
 
-def test_variants_lists_the_store(capsys: pytest.CaptureFixture[str]) -> None:
+def test_variants_lists_the_store(capsys: Lines) -> None:
     assert main(["variants"]) == 0
     assert "(default)" in capsys.readouterr().out
 
 
-def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Lines) -> None:
     monkeypatch.setenv("LIMPID_MAX_PIXELS", "many")
     assert main(["variants"]) == 1
     assert "max_pixels" in capsys.readouterr().err

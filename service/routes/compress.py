@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request, Response
 
+from service.budget import DEFAULT_RATE, best_rate, budget_bytes, rates_to_try
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.codec.config import RATE_POINTS
 from service.codec.shipped import latent_size
@@ -19,7 +19,6 @@ from service.state import ServiceDependency
 
 router = APIRouter()
 
-DEFAULT_RATE = 4
 UNKNOWN = "unknown"
 """The degradation of a photo on which the model has no opinion."""
 
@@ -53,11 +52,11 @@ async def compress(
         data = await call.body()
         photo = await call.in_thread("image_decode", lambda: read_photo(data, service.settings.max_pixels))
         pixels = photo.shape[0] * photo.shape[1]
-        if max_bytes is None and target_bpp is None:
+        budget = budget_bytes(max_bytes, target_bpp, pixels)
+        if budget is None:
             stream = await _encode(call, EncodeJob(photo, rate or DEFAULT_RATE, name))
             body = stream.to_bytes()
         else:
-            budget = max_bytes if max_bytes is not None else int((target_bpp or 0) * pixels / 8)
             stream, body = await _within(budget, call, photo, name)
     bpp = 8 * len(body) / pixels
     metrics = service.metrics
@@ -89,24 +88,18 @@ async def _encode(call: Exchange, job: EncodeJob) -> Bitstream:
 
 
 async def _within(budget: int, call: Exchange, photo: Photo, model: str) -> tuple[Bitstream, bytes]:
-    """The best rate point that fits `budget` bytes, in two device passes: sizes grow with the rate point.
-
-    The first pass tries every second rate point in one batch, the second the one above the best that fitted.
+    """The best rate point that fits `budget` bytes, in two device passes; each pass rides one batch.
 
     Raises:
-        Problem: 422 with the smallest size, when even rate point 1 does not fit.
+        UnmeetableBudget: even rate point 1 does not fit.
     """
-
-    async def sizes(rates: Iterable[int]) -> list[tuple[Bitstream, bytes]]:
-        streams = await asyncio.gather(*(_encode(call, EncodeJob(photo, rate, model)) for rate in rates))
-        return [(stream, stream.to_bytes()) for stream in streams]
-
-    tried = await sizes(range(2, RATE_POINTS + 1, 2))
-    best = max((stream.rate for stream, body in tried if len(body) <= budget), default=0)
-    if best < RATE_POINTS:
-        tried += await sizes([best + 1])
-    fitting = [(stream, body) for stream, body in tried if len(body) <= budget]
-    if not fitting:
-        smallest = min(len(body) for _, body in tried)
-        raise Problem(BUDGET, f"expected a budget of at least {smallest} bytes for this photo, got {budget}")
-    return max(fitting, key=lambda pair: pair[0].rate)
+    tried: dict[int, Bitstream] = {}
+    bodies: dict[int, bytes] = {}
+    sizes: dict[int, int] = {}
+    while wanted := rates_to_try(sizes, budget):
+        streams = await asyncio.gather(*(_encode(call, EncodeJob(photo, rate, model)) for rate in wanted))
+        for stream in streams:
+            tried[stream.rate], bodies[stream.rate] = stream, stream.to_bytes()
+        sizes = {rate: len(body) for rate, body in bodies.items()}
+    best = best_rate(sizes, budget)
+    return tried[best], bodies[best]

@@ -1,0 +1,125 @@
+"""Files: which ones a command reads and writes, and writing one whole or not at all. Knows no images."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PIPE = "-"
+"""Standard input or output in place of a file's name."""
+
+
+def write_whole(path: Path, data: bytes, *, overwrite: bool = True) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part, whatever happens meanwhile.
+
+    Raises:
+        FileExistsError: it exists and may not be overwritten.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if not overwrite:
+            _claim(path, new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _claim(path: Path, new: Path) -> None:
+    """Take a name that must be free: a hard link is refused where the name is taken, even since a moment ago."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        raise FileExistsError(f"{path} exists, --force overwrites it") from None
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(f"{path} exists, --force overwrites it") from None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One file to read and the one to write; None stands for standard input or output."""
+
+    source: Path | None
+    target: Path | None
+
+
+def sources(inputs: Sequence[str], takes: Iterable[str]) -> list[Path | None]:
+    """The files that the arguments mean, see `pair_up`; None for standard input.
+
+    Raises:
+        ValueError: nothing to read, or a pipe among files.
+    """
+    return [source for source, _ in _find(inputs, takes)]
+
+
+def pair_up(inputs: Sequence[str], output: str | None, *, takes: Iterable[str], gives: str) -> list[Pair]:
+    """Decide which files are read and where each result goes.
+
+    Args:
+        inputs: files, folders (every file below them that ends in one of `takes`), glob patterns (`**` reaches into
+            folders), or `-` alone for standard input.
+        output: a folder; a file's name that ends in something, for one input alone; `-` for standard output; or None:
+            beside each input, and standard output for standard input.
+        takes: endings of files to pick from folders, such as `.lmp`.
+        gives: ending of the results. The results of a folder's files keep their places below it.
+
+    Raises:
+        ValueError: nothing to read, one place for several results, or a pipe among files.
+    """
+    found = _find(inputs, takes)
+    (first, _), *others = found
+    if first is None:
+        if output in (None, PIPE):
+            return [Pair(None, None)]
+        if Path(str(output)).is_dir():
+            raise ValueError(f"expected the name of a file for what comes from standard input, {output} is a folder")
+        return [Pair(None, Path(str(output)))]
+    if output == PIPE:
+        if others:
+            raise ValueError(f"expected one input for standard output, got {len(found)}")
+        return [Pair(first, None)]
+    if output and not others and Path(output).suffix and not Path(output).is_dir() and not Path(inputs[0]).is_dir():
+        return [Pair(first, Path(output))]
+    pairs: list[Pair] = []
+    taken: dict[Path, Path] = {}
+    for source, below in found:
+        assert source  # standard input comes alone
+        target = (Path(output) / below if output else source).with_suffix(gives)
+        if target in taken:
+            raise ValueError(f"both {taken[target]} and {source} would become {target}; give them in two calls")
+        taken[target] = source
+        pairs.append(Pair(source, target))
+    return pairs
+
+
+def _find(inputs: Sequence[str], takes: Iterable[str]) -> list[tuple[Path | None, Path]]:
+    if PIPE in inputs:
+        if len(inputs) > 1:
+            raise ValueError("expected - for standard input alone, got it among files")
+        return [(None, Path())]
+    endings = frozenset(takes)
+    found: list[tuple[Path | None, Path]] = list(
+        dict.fromkeys(pair for text in inputs for pair in _found(text, endings))
+    )
+    if not found:
+        raise ValueError(f"found no {', '.join(sorted(endings))} in {', '.join(inputs)}")
+    return found
+
+
+def _found(text: str, takes: frozenset[str]) -> list[tuple[Path, Path]]:
+    """The files that one argument means, each with its place below the folder that was named."""
+    path = Path(text)
+    if path.is_dir():
+        files = sorted(one for one in path.rglob("*") if one.suffix.lower() in takes and one.is_file())
+        return [(one, one.relative_to(path)) for one in files]
+    if not path.exists() and glob.has_magic(text):
+        return [(Path(one), Path(Path(one).name)) for one in sorted(glob.glob(text, recursive=True))
+                if Path(one).is_file()]  # fmt: skip
+    return [(path, Path(path.name))]

@@ -1,0 +1,85 @@
+"""The codec in this process, with the calls of `service.client.Client`: bytes in, bytes out, no server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.budget import DEFAULT_RATE, best_rate, budget_bytes, rates_to_try
+from service.client import Compressed, Restored
+from service.codec.bitstream import Bitstream
+from service.engine import EncodeJob, Engine, StageTimes
+from service.imaging import OutputFormat, TooManyPixels, read_photo, write_photo
+from service.settings import Settings
+from service.store import ModelStore
+
+
+class Local:
+    """The models of `settings.store` on this machine's device.
+
+    Raises:
+        StoreError: the store cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._engine = Engine(ModelStore(settings.store), settings.device, settings.precision)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def compress(
+        self,
+        photo: bytes,
+        *,
+        rate: int | None = None,
+        max_bytes: int | None = None,
+        target_bpp: float | None = None,
+        model: str | None = None,
+    ) -> Compressed:
+        """See `Client.compress`.
+
+        Raises:
+            ImageError: the bytes are no photo, or one that is too large.
+            UnmeetableBudget: no rate point fits.
+            UnknownModel: the store has none of that name.
+        """
+        pixels = read_photo(photo, self._settings.max_pixels)
+        count, times = pixels.shape[0] * pixels.shape[1], StageTimes()
+        budget = budget_bytes(max_bytes, target_bpp, count)
+        tried: dict[int, Bitstream] = {}
+        wanted = [rate or DEFAULT_RATE] if budget is None else rates_to_try({}, budget)
+        while wanted:
+            streams = self._engine.encode([EncodeJob(pixels, one, model) for one in wanted], times)
+            tried.update(zip(wanted, streams))
+            wanted = [] if budget is None else rates_to_try(_sizes(tried), budget)
+        chosen = next(iter(tried)) if budget is None else best_rate(_sizes(tried), budget)
+        data = tried[chosen].to_bytes()
+        return Compressed(data, bpp=8 * len(data) / count, **self._common(tried[chosen], times))
+
+    def decompress(self, bitstream: bytes, *, media_type: str = "image/png", quality: int | None = None) -> Restored:
+        """See `Client.decompress`.
+
+        Raises:
+            BitstreamError: the bytes are no bitstream, a damaged one, or one of a model that the store lacks.
+            TooManyPixels: it is larger than the settings allow.
+        """
+        stream, times = Bitstream.from_bytes(bitstream), StageTimes()
+        if stream.pixels > self._settings.max_pixels:
+            limit = self._settings.max_pixels
+            raise TooManyPixels(f"expected at most {limit} pixels, got {stream.width}x{stream.height}")
+        (photo,) = self._engine.decode([stream], times)
+        output = next(one for one in OutputFormat if one.media_type == media_type)
+        return Restored(write_photo(photo, output, quality), media_type, **self._common(stream, times))
+
+    def _common(self, stream: Bitstream, times: StageTimes) -> dict[str, Any]:
+        return {
+            "rate": stream.rate,
+            "model": self._engine.model_of(stream).entry.name,
+            "degradations": {found.kind.label: found.strength for found in stream.degradations},
+            "timing": {"transform": 1000 * times.transform, "entropy": 1000 * times.entropy},
+            "request_id": "",
+        }
+
+
+def _sizes(streams: dict[int, Bitstream]) -> dict[int, int]:
+    return {rate: len(stream.to_bytes()) for rate, stream in streams.items()}

@@ -1,0 +1,74 @@
+"""`service.files`: which files are meant, where results go, and that a file is written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.files import Pair, pair_up, write_whole
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("a.jpg", "b.PNG", "deep/c.jpg", "deep/notes.txt", "s.lmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pairs(*inputs: str, output: str | None = None) -> list[tuple[str, str]]:
+    found = pair_up(inputs, output, takes=(".jpg", ".png"), gives=".lmp")
+    return [(str(pair.source), str(pair.target)) for pair in found]
+
+
+@pytest.mark.usefixtures("here")
+def test_results_lie_beside_their_inputs_or_in_the_folder_that_is_named() -> None:
+    assert pairs("a.jpg") == [("a.jpg", "a.lmp")]
+    assert pairs("a.jpg", output="x.lmp") == [("a.jpg", "x.lmp")]
+    assert pairs("a.jpg", output="new") == [("a.jpg", "new/a.lmp")]
+    assert pairs("a.jpg", output="deep") == [("a.jpg", "deep/a.lmp")]
+    assert pairs(".", output="out") == [
+        ("a.jpg", "out/a.lmp"),
+        ("b.PNG", "out/b.lmp"),
+        ("deep/c.jpg", "out/deep/c.lmp"),
+    ]
+    assert pairs("**/*.jpg", "a.jpg") == [("a.jpg", "a.lmp"), ("deep/c.jpg", "deep/c.lmp")]
+    assert pairs("missing.jpg") == [("missing.jpg", "missing.lmp")]  # reading it says that it is missing
+
+
+@pytest.mark.usefixtures("here")
+def test_pipes_go_alone() -> None:
+    assert pair_up(["-"], None, takes=(), gives=".lmp") == [Pair(None, None)]
+    assert pairs("-", output="x.lmp") == [("None", "x.lmp")]
+    assert pairs("a.jpg", output="-") == [("a.jpg", "None")]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("inputs", "output", "words"),
+    [
+        (["-", "a.jpg"], None, "alone"),
+        (["a.jpg", "b.PNG"], "-", "one input"),
+        (["-"], "deep", "folder"),
+        (["nothing*.jpg"], None, "found no"),
+        (["a.jpg", "deep/../a.jpg", "./deep/c.jpg"], "out", "both"),
+    ],
+)
+def test_what_makes_no_sense_is_named(inputs: list[str], output: str | None, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        pair_up(inputs, output, takes=(".jpg", ".png"), gives=".lmp")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.lmp"
+    write_whole(path, b"first", overwrite=False)
+    with pytest.raises(FileExistsError, match="--force"):
+        write_whole(path, b"second", overwrite=False)
+    assert path.read_bytes() == b"first"
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, b"third")
+    assert path.read_bytes() == b"first"
+    assert [one.name for one in tmp_path.iterdir()] == ["a.lmp"]
