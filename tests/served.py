@@ -1,4 +1,4 @@
-"""The real server, as a stranger starts it: `python -m service serve` on a free port, until the block ends."""
+"""The real server, as a stranger starts it: `python -m service serve`, until the block ends."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def served(**settings: object) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Yield base URL and process with `LIMPID_*` settings, once `/readyz` says 200; stop it with SIGTERM afterwards.
+def served(at: int | None = None, **settings: object) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Yield base URL (on port `at` or a free one) and process once it is ready; stop it with SIGTERM afterwards.
 
     Raises:
         RuntimeError: it ended or was not ready within two minutes; the message holds its log.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = at or free_port()
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "service", "serve", "--port", str(port)]
         env = {**os.environ, **{f"LIMPID_{name.upper()}": str(value) for name, value in settings.items()}}
@@ -38,6 +36,14 @@ def served(**settings: object) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _wait(base: str, process: subprocess.Popen[bytes]) -> None:

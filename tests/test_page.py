@@ -19,6 +19,7 @@ from tests.served import served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+playwright.expect.set_options(timeout=60_000)
 SHOTS = Path(__file__).parents[1] / "docs" / "screenshots"
 WIDTHS = {"phone": (390, 844), "tablet": (820, 1180), "desk": (1440, 900)}
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

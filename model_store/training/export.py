@@ -1,7 +1,8 @@
 """`python -m model_store.training.export`: put the EMA weights of a run into a store as a new model.
 
 Old models stay, so that old bitstreams stay readable; the new one becomes the default unless told otherwise.
-`states/SIZE.safetensors` beside this file keeps the weights from which training can go on (`--start-from`).
+For the repository's own store, `states/SIZE.safetensors` beside this file keeps the weights from which training can go
+on (`--start-from`).
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def main() -> None:
     parser.add_argument("--keep-default", action="store_true", help="do not make it the store's default")
     args = parser.parse_args()
     entry = export(args.checkpoint, args.name, args.store, not args.keep_default)
-    keep_weights(args.checkpoint, STATES / f"{entry['size']}.safetensors")
+    if args.store.resolve() == STORE:
+        keep_weights(args.checkpoint, STATES / f"{entry['size']}.safetensors")
     print(json.dumps(entry, indent=2))
 
 

@@ -224,14 +224,14 @@ def train(
         now = time.monotonic()
         seconds, last = seconds + min(now - last, 60.0), now  # a trainer stopped for a while has not trained
         bar.update(round(seconds) - bar.n)
-        if step % LOG_EVERY == 0:
+        done = seconds >= 60 * schedule.minutes
+        if done or step % LOG_EVERY == 0:
             count, clean_count = sums.pop("count"), max(1.0, sums.pop("clean", 0.0))
             line = {name: value / (clean_count if name.startswith("clean") else count) for name, value in sums.items()}
             log.write(json.dumps({"step": step, "seconds": round(seconds), "lr": factor * schedule.lr, **line}) + "\n")
             log.flush()
             bar.set_description(f"step {step}  {line['bpp']:.3f} bpp  {line['psnr']:.2f} dB", refresh=False)
             sums = {}
-        done = seconds >= 60 * schedule.minutes
         if done or now - saved > CHECKPOINT_SECONDS:
             save()
             saved = time.monotonic()

@@ -1,0 +1,199 @@
+"""An example of a camera gateway: frames of a camera or a folder, compressed within a byte budget, none lost.
+
+    python -m deploy.gateway FRAMES OUT --url http://limpid:8000 --max-bytes 40000 --camera http://cam/stream.mjpg
+
+A frame lies whole in the folder FRAMES before anything else happens to it, and leaves it only when its bitstream lies
+whole in OUT. So neither a restart of the service nor one of this gateway loses a frame: what is in FRAMES and not in
+OUT is still to do. Without --camera, another program (an FTP server, say) puts the frames there, and they stay there
+unless --delete is given. A frame that the service refuses goes to OUT/refused with the reason beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+
+from service.client import AsyncClient, LimpidError, Policy, RequestRefused, Unauthorized
+from service.files import write_whole
+
+log = logging.getLogger("gateway")
+
+ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif"})
+PATIENCE = Policy(deadline=30, attempts=1000)
+"""Of one call; the gateway then takes the frame up again."""
+
+
+async def camera_frames(url: str, every: float) -> AsyncIterator[bytes]:
+    """Frames of a camera without end: parts of an MJPEG stream as they come, or a snapshot every `every` seconds.
+
+    Whatever goes wrong at the camera is logged, and the camera asked again after a second.
+    """
+    async with httpx.AsyncClient(timeout=httpx.Timeout(10)) as http:
+        while True:
+            try:
+                async with http.stream("GET", url) as answer:
+                    answer.raise_for_status()
+                    kind = answer.headers.get("content-type", "")
+                    if kind.startswith("multipart/"):
+                        async for frame in parts(answer.aiter_bytes(), boundary(kind)):
+                            yield frame
+                        log.warning("the camera ended its stream")
+                        await asyncio.sleep(1)
+                    else:
+                        yield await answer.aread()
+                        await asyncio.sleep(every)
+            except httpx.HTTPError as error:
+                log.warning("camera: %s: %s", type(error).__name__, error)
+                await asyncio.sleep(1)
+
+
+def boundary(content_type: str) -> bytes:
+    """The line between the parts of a `multipart/x-mixed-replace` body."""
+    name = content_type.partition("boundary=")[2].partition(";")[0].strip().strip('"')
+    return b"--" + name.removeprefix("--").encode()
+
+
+async def parts(chunks: AsyncIterator[bytes], between: bytes) -> AsyncIterator[bytes]:
+    """The contents of the parts of a multipart body; a part that no boundary follows was cut and is dropped."""
+    held = b""
+    async for chunk in chunks:
+        held += chunk
+        *whole, held = held.split(between)
+        for part in whole:
+            content = part.partition(b"\r\n\r\n")[2]
+            if content:
+                yield content.removesuffix(b"\r\n")
+
+
+class Gateway:
+    """Sends what lies in `frames` and has no result in `out` yet, oldest name first, `at_once` frames at a time."""
+
+    def __init__(
+        self, limpid: AsyncClient, frames: Path, out: Path, max_bytes: int, at_once: int, delete: bool
+    ) -> None:
+        self.limpid, self.frames, self.out, self.max_bytes, self.delete = limpid, frames, out, max_bytes, delete
+        self.refused = out / "refused"
+        self.refused.mkdir(parents=True, exist_ok=True)
+        frames.mkdir(parents=True, exist_ok=True)
+        self._room = asyncio.Semaphore(at_once)
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    async def run(self, stop: asyncio.Event, poll: float = 0.25) -> None:
+        """Work until `stop`; what is under way then is finished, and what is not begun stays for the next time."""
+        while not stop.is_set():
+            for path in self.waiting():
+                await self._room.acquire()
+                if stop.is_set():
+                    break
+                self._under_way[path.name] = asyncio.create_task(self._send(path))
+            try:
+                await asyncio.wait_for(stop.wait(), poll)
+            except TimeoutError:
+                continue
+        for task in self._under_way.values():
+            task.cancel()
+        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+
+    def waiting(self) -> list[Path]:
+        """Frames to send: complete (unchanged since the last look), without a result, not refused, not under way."""
+        found = []
+        seen: dict[str, tuple[int, int]] = {}
+        for path in sorted(self.frames.iterdir()):
+            if path.suffix.lower() not in ENDINGS or path.name.startswith(".") or path.name in self._under_way:
+                continue
+            if self._result(path).exists() or (self.refused / path.name).exists():
+                continue
+            state = path.stat()
+            seen[path.name] = state.st_size, state.st_mtime_ns
+            if self._seen.get(path.name) == seen[path.name]:
+                found.append(path)
+        self._seen = seen
+        return found
+
+    def _result(self, path: Path) -> Path:
+        return self.out / f"{path.name}.lmp"
+
+    async def _send(self, path: Path) -> None:
+        try:
+            done = await self.limpid.compress(path, max_bytes=self.max_bytes)
+            await asyncio.to_thread(write_whole, self._result(path), done.bitstream)
+            said = {"frame": path.name, "bytes": len(done.bitstream), "rate": done.rate, "found": done.degradations}
+            log.info(json.dumps(said))
+            if self.delete:
+                path.unlink()
+        except Unauthorized as error:  # the frame is not to blame
+            log.error("%s: %s", path.name, error)
+            await asyncio.sleep(5)
+        except RequestRefused as error:
+            log.error("%s is refused: %s", path.name, error)
+            await asyncio.to_thread(write_whole, self.refused / f"{path.name}.txt", f"{error}\n".encode())
+            await asyncio.to_thread(write_whole, self.refused / path.name, path.read_bytes())
+            if self.delete:
+                path.unlink()
+        except LimpidError as error:
+            log.warning("%s waits: %s", path.name, error)
+        except OSError as error:
+            log.error("%s: %s", path.name, error)
+            await asyncio.sleep(1)
+        finally:
+            del self._under_way[path.name]
+            self._room.release()
+
+
+async def _film(url: str, every: float, frames: Path, max_waiting: int) -> None:
+    """Put the camera's frames into the folder, named by the time; beyond `max_waiting` of them new ones are dropped."""
+    async for frame in camera_frames(url, every):
+        if len(os.listdir(frames)) >= max_waiting:
+            log.error("%d frames wait, a new one is dropped", max_waiting)
+            continue
+        await asyncio.to_thread(write_whole, frames / f"{time.time_ns()}.jpg", frame)
+
+
+async def _main(args: argparse.Namespace) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with AsyncClient(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), PATIENCE) as limpid:
+        delete = args.delete or bool(args.camera)
+        gateway = Gateway(limpid, args.frames, args.out, args.max_bytes, args.at_once, delete)
+        camera = None
+        if args.camera:
+            camera = asyncio.create_task(_film(args.camera, args.every, args.frames, args.max_waiting))
+        await gateway.run(stop)
+        if camera:
+            camera.cancel()
+
+
+def main() -> None:
+    """Run until SIGTERM or SIGINT."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.gateway", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("frames", type=Path, help="folder of the frames that wait")
+    parser.add_argument("out", type=Path, help="folder of the bitstreams")
+    parser.add_argument("--url", required=True, help="the service")
+    parser.add_argument("--api-key", help="where the service wants one, else LIMPID_API_KEY")
+    parser.add_argument("--max-bytes", type=int, default=40_000, help="budget of one frame")
+    parser.add_argument("--at-once", type=int, default=4, help="frames under way at a time")
+    parser.add_argument(
+        "--camera", metavar="URL", help="an MJPEG stream or a JPEG snapshot; its frames are then deleted"
+    )
+    parser.add_argument("--every", type=float, default=1.0, help="seconds between snapshots")
+    parser.add_argument("--max-waiting", type=int, default=10_000, help="frames of the camera kept while they wait")
+    parser.add_argument("--delete", action="store_true", help="delete a frame once its bitstream is written")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    asyncio.run(_main(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The camera gateway against a real service that is killed and comes back, with a camera and with a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.gateway import boundary, parts
+from service.codec.bitstream import Bitstream
+from service.engine import Engine, Photo
+from tests.conftest import image_bytes
+from tests.served import free_port, served
+
+FRAMES, BUDGET = 24, 3000
+
+
+def frame(bikes: Photo, index: int) -> bytes:
+    """A frame that tells its number in five black or white squares."""
+    picture = np.array(bikes[:96, :160])
+    for bit in range(5):
+        picture[:32, 32 * bit : 32 * (bit + 1)] = 255 * (index >> bit & 1)
+    return image_bytes(picture, "JPEG", quality=90)
+
+
+def number(photo: Photo) -> int:
+    return sum((photo[8:24, 32 * bit + 8 : 32 * bit + 24].mean() > 128) << bit for bit in range(5))
+
+
+@contextmanager
+def camera(frames: list[bytes]) -> Iterator[str]:
+    """An MJPEG camera that films `frames` once, ten a second, and then only holds the line."""
+    waiting = iter(frames)
+
+    class Film(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+            self.end_headers()
+            for data in waiting:
+                head = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(data)
+                self.wfile.write(head + data + b"\r\n")
+                time.sleep(0.1)
+            self.wfile.write(b"--frame\r\n")
+            done.wait(60)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    done = threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Film)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/stream.mjpg"
+    done.set()
+    server.shutdown()
+
+
+@contextmanager
+def gateway(frames: Path, out: Path, port: int, *args: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "deploy.gateway", str(frames), str(out), "--url", f"http://127.0.0.1:{port}"]
+    process = subprocess.Popen([*command, "--max-bytes", str(BUDGET), *args], stderr=subprocess.DEVNULL)
+    yield process
+    process.terminate()
+    assert process.wait(60) in (0, -9)
+
+
+def until(true: Callable[[], bool], seconds: float = 90) -> None:
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+
+
+def check(out: Path, engine: Engine) -> None:
+    """Every frame has arrived, each within the budget and each only once."""
+    streams = [path.read_bytes() for path in sorted(out.glob("*.lmp"))]
+    assert all(len(data) <= BUDGET for data in streams)
+    assert [number(engine.decode([Bitstream.from_bytes(data)])[0]) for data in streams] == list(range(FRAMES))
+
+
+def test_no_frame_of_a_camera_is_lost_while_the_service_restarts(tmp_path: Path, bikes: Photo, engine: Engine) -> None:
+    frames, out, port = tmp_path / "frames", tmp_path / "out", free_port()
+    with camera([frame(bikes, index) for index in range(FRAMES)]) as film:
+        with served(port) as (_, process), gateway(frames, out, port, "--camera", film):
+            until(lambda: len(list(out.glob("*.lmp"))) >= 3)
+            process.kill()
+            process.wait()
+            until(lambda: len(list(frames.glob("*.jpg"))) + len(list(out.glob("*.lmp"))) >= FRAMES)
+            assert len(list(out.glob("*.lmp"))) < FRAMES
+            with served(port):
+                until(lambda: len(list(out.glob("*.lmp"))) == FRAMES)
+        assert not list(frames.glob("*.jpg"))
+    check(out, engine)
+
+
+def test_no_frame_of_a_folder_is_lost_when_the_gateway_is_killed(tmp_path: Path, bikes: Photo, engine: Engine) -> None:
+    frames, out, port = tmp_path / "frames", tmp_path / "out", free_port()
+    frames.mkdir()
+    for index in range(FRAMES):
+        (frames / f"{index:03}.jpg").write_bytes(frame(bikes, index))
+    (frames / "bad.jpg").write_bytes(b"no photo")
+    with served(port):
+        with gateway(frames, out, port, "--at-once", "1") as process:
+            until(lambda: len(list(out.glob("*.lmp"))) >= 3)
+            process.kill()
+        assert len(list(out.glob("*.lmp"))) < FRAMES
+        with gateway(frames, out, port):
+            until(lambda: len(list(out.glob("*.lmp"))) == FRAMES and (out / "refused/bad.jpg").exists())
+    assert "not-an-image" in (out / "refused/bad.jpg.txt").read_text()
+    assert len(list(frames.glob("*.jpg"))) == FRAMES + 1
+    check(out, engine)
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_a_stream_is_cut_into_its_parts_however_it_arrives(size: int) -> None:
+    body = b"".join(
+        b"--x y\r\nContent-Type: image/jpeg\r\n\r\n" + part + b"\r\n" for part in (b"one", b"two\r\n", b"cut")
+    )
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), size):
+            yield body[start : start + size]
+
+    async def all_parts() -> list[bytes]:
+        return [part async for part in parts(chunks(), boundary('multipart/x-mixed-replace; boundary="--x y"'))]
+
+    assert asyncio.run(all_parts()) == [b"one", b"two\r\n"]

@@ -1,0 +1,98 @@
+"""Every command and every Python example of README and docs, run as written against a real server."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.errors import KINDS
+from tests.conftest import copied_store, image_bytes, noisy, other_store, photo
+from tests.served import served
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+ELSEWHERE = ("make ", "docker ", "kubectl ")
+"""Of these, `make run` and `make test` are what brought us here, and the others need a machine with containers."""
+
+SHORTER = (
+    ("--minutes 120", "--minutes 0.1 --no-compile --crop 64"),
+    ("--minutes 60 --crop 224", "--minutes 0.1 --no-compile --crop 64"),
+)
+"""Training goes on for six seconds, on smaller crops, and is not compiled."""
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a reader may have it: a noisy photo, two stores, some photographs, and the checkout's deploy/."""
+    folder = tmp_path_factory.mktemp("desk")
+    clean = photo("parrots")
+    (folder / "noisy.png").write_bytes(image_bytes(noisy(clean)))
+    copied_store(folder / "my-store")
+    other_store(folder / "other-store", "edge-next")
+    (folder / "results-copy").mkdir()
+    for path in (ROOT / "model_store/evaluation/results").glob("*.json"):
+        (folder / "results-copy" / path.name).write_bytes(path.read_bytes())
+    for index in range(3):
+        (folder / "photos").mkdir(exist_ok=True)
+        Image.fromarray(np.rot90(clean, index)).save(folder / f"photos/{index}.png")
+    (folder / "photos-eval/kodak").mkdir(parents=True)
+    Image.fromarray(clean).save(folder / "photos-eval/kodak/kodim01.png")
+    (folder / "deploy").symlink_to(ROOT / "deploy")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(desk: Path) -> Iterator[tuple[str, int]]:
+    with served(store=desk / "my-store") as (base, process):
+        yield base, process.pid
+
+
+def blocks(page: str, *languages: str) -> list[str]:
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    return [code for language, code in found if language in languages]
+
+
+def run(command: list[str], desk: Path, server: tuple[str, int]) -> str:
+    tools = [Path(sys.executable).parent, ROOT / ".venv/debian/usr/bin"]
+    env = {**os.environ, "LIMPID_PID": str(server[1]), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    env["PATH"] = os.pathsep.join([*map(str, tools), os.environ["PATH"]])
+    done = subprocess.run(command, cwd=desk, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_and_example_runs_as_written(page: str, desk: Path, server: tuple[str, int]) -> None:
+    for code in blocks(page, "sh", "python"):
+        code = code.replace("http://localhost:8000", server[0]).replace("localhost:8000", server[0])
+        if code in blocks(page, "python") or code.startswith(("import", "from")):
+            run([sys.executable, "-c", code], desk, server)
+            continue
+        lines = [line for line in code.splitlines() if not line.startswith(ELSEWHERE)]
+        script = "\n".join(lines)
+        for long, short in SHORTER:
+            script = script.replace(long, short)
+        said = run(["bash", "-euo", "pipefail", "-c", script.replace("curl ", "curl -sS ")], desk, server)
+        assert "urn:limpid:problem" not in said or "-d 'hello'" in script
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [*PAGES, "deploy/README.md", "model_store/README.md"]:
+        text = (ROOT / page).read_text()
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+        for name in re.findall(r"`((?:service|model_store|deploy|tests|docs)/[\w./-]+)`", text):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+def test_every_kind_of_problem_is_documented() -> None:
+    text = (ROOT / "docs/http-api.md").read_text()
+    assert [kind.slug for kind in KINDS if f"`{kind.slug}`" not in text] == []
