@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
@@ -30,6 +30,8 @@ class Options(BaseModel):
         target_ongoing_requests: per replica, that it aims at; 16 are one full batch on the device.
         store_version: any number; a new one lets the running replicas take up what changed in the model store.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(8, ge=1)
@@ -67,9 +69,12 @@ class Limpid:
             raise RuntimeError(reason)
 
 
-def build(options: Options) -> Application:
-    """The Serve application. A replica takes a GPU where `LIMPID_DEVICE` names one, `LIMPID_THREADS` CPUs else."""
-    settings = Settings()
+def build(args: dict[str, Any]) -> Application:
+    """The Serve application; `args` as in `Options`, as Ray hands them over.
+
+    A replica takes a GPU where `LIMPID_DEVICE` names one, `LIMPID_THREADS` CPUs else.
+    """
+    options, settings = Options.model_validate(args), Settings()
     gpu = settings.device.startswith("cuda")
     deployment = serve.deployment(Limpid).options(
         name="limpid",

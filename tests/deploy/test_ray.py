@@ -47,10 +47,10 @@ class Cluster:
     def deploy(self, store_version: int) -> None:
         from ray import serve
 
-        from deploy.ray.app import Options, build
+        from deploy.ray.app import build
 
-        options = Options(min_replicas=2, max_replicas=2, store_version=store_version)
-        serve.run(build(options), name="limpid", route_prefix="/")
+        args = {"min_replicas": 2, "max_replicas": 2, "store_version": store_version}
+        serve.run(build(args), name="limpid", route_prefix="/")
 
     def close(self) -> None:
         from ray import serve
