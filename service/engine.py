@@ -96,7 +96,8 @@ class Model:
     def resident_bytes(self) -> int:
         """Bytes of the transforms and the exact prior on the device."""
         codec = self.codec
-        tensors: list[Tensor] = [*codec.g_a.parameters(), *codec.g_s.parameters(), *codec.h_a.parameters()]
+        parts = (codec.g_a, codec.g_s, codec.h_a)
+        tensors: list[Tensor] = [one for part in parts for one in (*part.parameters(), *part.buffers())]
         tensors += [part for layer in codec.prior.layers.values() for part in (layer.weight, layer.bias, layer.shift)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -132,7 +133,7 @@ class Engine:
         return self._device_thread.submit(torch.inference_mode()(work)).result()
 
     def _loaded(self, store: ModelStore, entry: ModelEntry) -> Model:
-        return Model(entry, self._on_device(lambda: store.load(entry, self.device)))
+        return Model(entry, self._on_device(lambda: store.load(entry, self.device, getattr(torch, self.precision))))
 
     def model(self, name: str | None) -> Model:
         """A model by name, None for the default.
@@ -252,9 +253,6 @@ class Engine:
         if self.device.type == "cpu" and pixels > LARGE_PIXELS:
             release_heap()
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-
     def _parts(self, count: int, pixels: int) -> list[slice]:
         """How a batch goes through the transforms: whole on a GPU, in parts of about `CPU_PIXELS` on the CPU."""
         size = count if self.device.type != "cpu" else max(1, CPU_PIXELS // pixels)
@@ -267,8 +265,7 @@ class Engine:
             with times.measure("transform"):
                 rate = torch.tensor([job.rate - 1 for job in part], device=self.device)
                 x = torch.cat([self._padded(job.photo) for job in part])
-                with self._autocast():
-                    y, z_hat = codec.analyse(x, rate)
+                y, z_hat = codec.analyse(x, rate)
                 return codec.symbols_of(y, z_hat, rate)
 
         for part in self._parts(len(jobs), jobs[0].photo[..., 0].size):
@@ -291,8 +288,7 @@ class Engine:
 
         def transform(y_hat: Tensor, rate: Tensor) -> NDArray[np.uint8]:
             with times.measure("transform"):
-                with self._autocast():
-                    x_hat = codec.synthesise(y_hat, rate)
+                x_hat = codec.synthesise(y_hat, rate)
                 pixels: NDArray[np.uint8] = (x_hat * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 return pixels
 

@@ -133,8 +133,8 @@ class ModelStore:
         write_whole(self.folder / STORE_FILE, index.model_dump_json(indent=2).encode() + b"\n")
         self.index = index
 
-    def load(self, entry: ModelEntry, device: torch.device) -> ShippedCodec:
-        """Read one model, check it, and put it on a device.
+    def load(self, entry: ModelEntry, device: torch.device, dtype: torch.dtype = torch.float32) -> ShippedCodec:
+        """Read one model, check it, and put it on a device, with the products of its transforms in `dtype`.
 
         Raises:
             StoreError: the file is missing or altered, holds something else, or fails its known-answer test here.
@@ -150,7 +150,7 @@ class ModelStore:
         try:
             with safe_open(path, framework="pt") as opened:
                 description = (opened.metadata() or {}).get("limpid", "")
-            codec = ShippedCodec.from_tensors(load_tensors(data), description, device)
+            codec = ShippedCodec.from_tensors(load_tensors(data), description, device, dtype)
         except (SafetensorError, ValueError) as error:
             raise StoreError(f"model {entry.name}: {path}: {error}") from error
         answer = codec.known_answer()

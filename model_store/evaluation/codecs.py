@@ -40,11 +40,11 @@ class LimpidCodec:
         name = name or index["default"]
         (self.entry,) = [entry for entry in index["models"] if entry["name"] == name]
         self.device = pick_device(device)
-        self.autocast = transform_precision(self.device) == "bfloat16"
         path = store / self.entry["file"]
         with safe_open(path, framework="pt") as opened:
             description = opened.metadata()["limpid"]
-        self.codec = ShippedCodec.from_tensors(load_file(path), description, self.device)
+        dtype = getattr(torch, transform_precision(self.device))
+        self.codec = ShippedCodec.from_tensors(load_file(path), description, self.device, dtype)
 
     def points(self, sample: Sample) -> Iterator[tuple[int, int, Photo]]:
         """(rate point, bytes of the `.lmp` file, restored photo) for every rate point of the sample's condition."""
@@ -53,14 +53,12 @@ class LimpidCodec:
         size = latent_size(height, width)
         for point in sample.condition.rates:
             rate = torch.tensor([point - 1], device=self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                y, z_hat = self.codec.analyse(x, rate)
+            y, z_hat = self.codec.analyse(x, rate)
             coded = self.codec.write(self.codec.symbols_of(y, z_hat, rate)[0])
             model_id = bytes.fromhex(self.entry["sha256"])[:8]
             stream = Bitstream(model_id, point, width, height, (), coded.outliers, coded.payload)
             y_hat = self.codec.read([coded], rate, *size)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                x_hat = self.codec.synthesise(y_hat, rate)
+            x_hat = self.codec.synthesise(y_hat, rate)
             photo = (x_hat[0, :, :height, :width] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             yield point, len(stream.to_bytes()), photo
 

@@ -16,16 +16,16 @@ from tqdm import tqdm
 
 from model_store.degradations import TRAINING, Kind, degrade
 from model_store.training.loss import balanced_distortion, rate_lambda
-from model_store.training.photos import PhotoPool
+from model_store.training.photos import PhotoPool, toned
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import read_weights
 from service.codec.config import CONFIGS, RATE_POINTS
 from service.codec.model import TrainableCodec
 
 KIND_SHARES: dict[Kind, float] = {
-    Kind.CLEAN: 0.27,
-    Kind.NOISE: 0.22,
-    Kind.SENSOR_NOISE: 0.08,
+    Kind.CLEAN: 0.36,
+    Kind.NOISE: 0.2,
+    Kind.SENSOR_NOISE: 0.07,
     Kind.RAIN: 0.07,
     Kind.SNOW: 0.06,
     Kind.HAZE: 0.08,
@@ -92,7 +92,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            clean = self.pool.crops(self.size, self.crop, self.choices)
+            clean = toned(self.pool.crops(self.size, self.crop, self.choices), self.choices)
             kinds = [self._kinds() for _ in range(self.size)]
             # Stratified: every batch spreads over the rate points.
             start = torch.rand(1, generator=self.choices)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -31,16 +32,34 @@ def load_photo(path: Path) -> Tensor:
         return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).contiguous()
 
 
+def _halved(photo: Tensor) -> Tensor:
+    return F.avg_pool2d(photo[None].float(), 2)[0].round().to(torch.uint8)
+
+
+def toned(x: Tensor, generator: torch.Generator, share: float = 0.25) -> Tensor:
+    """A share of clean crops (B, 3, H, W) darker, brighter or flatter than they were, and still clean.
+
+    A dull sky or a dim room is no degradation; without these a model learns to brighten and stretch whatever is flat.
+    """
+    chosen, gamma, contrast, pivot = torch.rand(4, len(x), 1, 1, 1, generator=generator).to(x.device)
+    contrast = 0.25 + 0.75 * contrast
+    changed = x ** (0.5 * 4**gamma) * contrast + pivot * (1 - contrast)
+    return torch.where(chosen < share, changed, x)
+
+
 class PhotoPool:
     """Every photo of a folder that is at least `crop` on both sides, as uint8 on `device`.
 
+    Photos of at least twice that are also held at half their size: a crop then shows more of a scene, and finer detail.
     A photo is drawn with a probability proportional to the square root of its pixels.
     """
 
     def __init__(self, folder: Path, crop: int, device: torch.device) -> None:
+        self.crop = crop
         with ThreadPoolExecutor() as pool:
             photos = list(pool.map(load_photo, photo_paths(folder)))
         self.photos = [photo.to(device) for photo in photos if min(photo.shape[1:]) >= crop]
+        self.photos += [_halved(photo) for photo in self.photos if min(photo.shape[1:]) >= 2 * crop]
         if not self.photos:
             raise ValueError(f"expected photographs of at least {crop}x{crop} below {folder}, found none")
         self.weights = torch.tensor([float(photo.shape[1] * photo.shape[2]) ** 0.5 for photo in self.photos])

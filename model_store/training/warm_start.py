@@ -25,12 +25,12 @@ def principal_components(vectors: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def warm_start(model: TrainableCodec, pool: PhotoPool, crops: int = 600, size: int = 160, seed: int = 1) -> None:
+def warm_start(model: TrainableCodec, pool: PhotoPool, crops: int = 600, seed: int = 1) -> None:
     """Set the resampling layers of `model` and its entropy scales from random crops of `pool`."""
     if model.config.stem == 1:
         return
     generator = torch.Generator().manual_seed(seed)
-    x = torch.cat([pool.crops(1, size, generator) for _ in range(crops)]).cpu() - 0.5
+    x = pool.crops(crops, min(160, pool.crop), generator).cpu() - 0.5
     pairs = zip([model.g_a.stem, *model.g_a.downs], [model.g_s.head, *list(model.g_s.ups)[::-1]])
     for down, up in pairs:
         down, up = cast(Resample, down), cast(Resample, up)

@@ -65,9 +65,11 @@ def power_of_two(exponent: Tensor) -> Tensor:
 def requantise(acc: Tensor, shift: Tensor, low: float, high: float) -> Tensor:
     """floor((acc + 2^(shift-1)) * 2^-shift) clamped to [low, high]; exact for integers `acc` and `shift` >= 0.
 
-    Both products are by powers of two and so lose nothing.
+    Both products are by powers of two and so lose nothing. Where gradients are off, `acc` is overwritten.
     """
-    return straight_clamp(straight_floor(acc * power_of_two(-shift) + 0.5), low, high)
+    if torch.is_grad_enabled():
+        return straight_clamp(straight_floor(acc * power_of_two(-shift) + 0.5), low, high)
+    return acc.mul_(power_of_two(-shift)).add_(0.5).floor_().clamp_(low, high)
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,11 @@ def depthwise(x: Tensor, layer: IntegerLayer, rate: Tensor) -> Tensor:
     """Depthwise 3x3 layer with zero padding, as nine shifted multiply-adds. x: (B, C, H, W) integers."""
     h, w = x.shape[-2:]
     padded = F.pad(x, (1, 1, 1, 1))
-    acc = layer.bias[rate][:, :, None, None]
+    acc = layer.bias[rate][:, :, None, None].expand(x.shape).clone()
     for tap in range(9):
         i, j = divmod(tap, 3)
-        acc = acc + padded[:, :, i : i + h, j : j + w] * layer.weight[:, tap, None, None]
+        seen, weight = padded[:, :, i : i + h, j : j + w], layer.weight[:, tap, None, None]
+        acc = torch.addcmul(acc, seen, weight) if torch.is_grad_enabled() else acc.addcmul_(seen, weight)
     return requantise(acc, layer.shift[:, None, None], layer.low, layer.high)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from service.codec.config import RATE_POINTS, STRIDE, CodecConfig, Stage
 from service.codec.exact import IntegerLayer
+from service.codec.fast import speed_up
 from service.codec.model import TrainableCodec
 from service.codec.prior import MEAN_FRACTION, ExactPrior, PriorOutput, Rescale, half_mask
 from service.codec.rans import (
@@ -90,6 +91,7 @@ class ShippedCodec:
         prior: the exact prior.
         deviation: (N,) typical deviations, the normalisation that h_a expects.
         y_tables: a table per scale level. z_tables: a table per rate point and channel, rate-major.
+        dtype: of the products in g_a and g_s.
     """
 
     def __init__(
@@ -101,12 +103,15 @@ class ShippedCodec:
         y_tables: CdfTables,
         z_tables: CdfTables,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.device = config, device
         self.g_a, self.g_s, self.h_a = transforms
         for part in transforms:
             part.to(device).to(memory_format=torch.channels_last)
             part.eval().requires_grad_(False)
+        speed_up(self.g_a, dtype)
+        speed_up(self.g_s, dtype)
         self.prior = prior.to(device)
         self.deviation = deviation.to(device)
         self.y_tables = GuardedTables(y_tables)
@@ -258,7 +263,9 @@ class ShippedCodec:
     # --- tensors ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], description: str, device: torch.device) -> ShippedCodec:
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], description: str, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> ShippedCodec:
         """Build a codec from what `ship` returned.
 
         Raises:
@@ -288,9 +295,8 @@ class ShippedCodec:
                 CdfTables(*(tensors[f"tables.{name}.{key}"].numpy() for key in ("cdf", "size", "offset")))
                 for name in "yz"
             )
-            return cls(
-                config, parts, ExactPrior(layers, mean, context), tensors["deviation"], y_tables, z_tables, device
-            )
+            prior = ExactPrior(layers, mean, context)
+            return cls(config, parts, prior, tensors["deviation"], y_tables, z_tables, device, dtype)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"expected the tensors of a shipped codec: {error}") from error
 

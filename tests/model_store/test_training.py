@@ -38,7 +38,7 @@ def photos(tmp_path: Path) -> Path:
 
 def test_a_warm_start_is_a_working_transform_coder(photos: Path, parrots: Photo) -> None:
     model = TrainableCodec(CONFIGS["edge"]).eval()
-    warm_start(model, PhotoPool(photos, 128, CPU), crops=20, size=128)
+    warm_start(model, PhotoPool(photos, 128, CPU), crops=20)
     x = torch.from_numpy(parrots.copy()).permute(2, 0, 1)[None].float() / 255
     quality = []
     for rate in (0, 4, 7):
@@ -51,7 +51,7 @@ def test_a_warm_start_is_a_working_transform_coder(photos: Path, parrots: Photo)
 
 def test_a_stem_with_more_outputs_than_inputs_starts_warm_too(photos: Path, parrots: Photo) -> None:
     model = TrainableCodec(CONFIGS["base"]).eval()
-    warm_start(model, PhotoPool(photos, 128, CPU), crops=12, size=128)
+    warm_start(model, PhotoPool(photos, 128, CPU), crops=12)
     x = torch.from_numpy(parrots.copy()).permute(2, 0, 1)[None].float() / 255
     with torch.inference_mode():
         out = model(x, torch.tensor([7]))

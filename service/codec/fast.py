@@ -1,0 +1,182 @@
+"""The block stacks as they run in the service: the function of `blocks.HATB`, in fewer steps and in bounded memory.
+
+- A photo passes through each branch in strips of rows. A strip sees the rows beside it that its convolutions reach, so
+  the result does not depend on the strips: there are no seams. C-GA, which looks at the whole photo, first adds up its
+  correlations over all strips.
+- out(attention v) is one product: the attention, a small matrix, is multiplied into the output projection first.
+- Weights are kept in the precision of the products; the residual stream is float32, (B, H, W, C), changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from service.codec.blocks import HATB, ChannelNorm, ContentAggregation, DegradationAttention, GatedFeedForward
+from service.codec.transforms import Analysis, BlockStack, Synthesis
+
+STRIP_POSITIONS = 2**15
+"""Positions (rows x columns of the residual stream) of one strip: work for every core, little memory."""
+
+Branch = Callable[[Tensor], Tensor]
+
+
+def _strips(height: int, width: int) -> list[tuple[int, int]]:
+    """First and last-but-one rows of strips of nearly equal height."""
+    count = max(1, round(height * width / STRIP_POSITIONS))
+    edges = [height * index // count for index in range(count + 1)]
+    return [(top, bottom) for top, bottom in pairwise(edges) if bottom > top]
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for (B, n, m) and (B, m, k); on the CPU photo by photo, twice as fast there."""
+    return torch.stack([x @ y for x, y in zip(a, b)]) if a.device.type == "cpu" else a @ b
+
+
+class _Pointwise(nn.Module):
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight[:, :, 0, 0].to(dtype).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class _Depthwise(nn.Module):
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.to(dtype))
+        self.padding = weight.shape[2] // 2, weight.shape[3] // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, padding=self.padding, groups=len(self.weight))
+        return y.permute(0, 2, 3, 1)
+
+
+class _Norm(nn.Module):
+    """Of the residual stream, in float32; the result is `dtype`."""
+
+    def __init__(self, norm: ChannelNorm, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.dtype = norm.weight, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), self.weight).to(self.dtype)
+
+
+class _Content(nn.Module):
+    """C-GA on x (B, H, W, C), in place."""
+
+    def __init__(self, norm: ChannelNorm, module: ContentAggregation, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm, self.group, self.temperature = _Norm(norm, dtype), module.group, module.temperature
+        self.qkv, self.local = _Pointwise(module.qkv.weight, dtype), _Depthwise(module.local.weight, dtype)
+        self.out = nn.Parameter(module.out.weight[:, :, 0, 0], requires_grad=False)
+
+    def forward(self, x: Tensor) -> None:
+        b, h, w, c = x.shape
+        strips = _strips(h, w)
+        correlation, square_q, square_k = x.new_zeros(b, c, c), x.new_zeros(b, c), x.new_zeros(b, c)
+        values = []
+        for top, bottom in strips:
+            low, high = max(0, top - 1), min(h, bottom + 1)
+            qkv = self.local(self.qkv(self.norm(x[:, low:high])))[:, top - low : bottom - low]
+            q, k, v = qkv.reshape(b, -1, 3 * c).split(c, -1)
+            correlation += _products(q.transpose(1, 2), k).float()
+            square_q += (q * q).sum(1, dtype=torch.float32)
+            square_k += (k * k).sum(1, dtype=torch.float32)
+            values.append(v.clone() if len(strips) > 1 else v)  # a view would keep q and k
+        mixing = self._mixing(correlation, square_q, square_k).to(values[0].dtype).transpose(1, 2)
+        for (top, bottom), v in zip(strips, values):
+            x[:, top:bottom] += _products(v, mixing).view(b, bottom - top, w, c)
+
+    def _mixing(self, correlation: Tensor, square_q: Tensor, square_k: Tensor) -> Tensor:
+        """The output projection times the attention, (B, C, C)."""
+        b, c, _ = correlation.shape
+        heads = c // self.group
+        scale = square_q.clamp_min(1e-12).rsqrt()[:, :, None] * square_k.clamp_min(1e-12).rsqrt()[:, None]
+        groups = (correlation * scale).view(b, heads, self.group, heads, self.group)
+        own = groups.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        attention = (own * self.temperature).softmax(-1)
+        return torch.einsum("oij,bijk->boik", self.out.view(c, heads, self.group), attention).reshape(b, c, c)
+
+
+class _Degradation(nn.Module):
+    """S-DA of x (B, H, W, C)."""
+
+    def __init__(self, norm: ChannelNorm, module: DegradationAttention, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = _Norm(norm, dtype)
+        self.query, self.value, self.out = (
+            _Pointwise(part.weight, dtype) for part in (module.query, module.value, module.out)
+        )
+        self.rows, self.columns = _Depthwise(module.rows.weight, dtype), _Depthwise(module.columns.weight, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        attention = self.columns(F.gelu(self.rows(F.gelu(self.query(x)))))
+        result: Tensor = self.out(attention.mul_(self.value(x)))
+        return result
+
+
+class _FeedForward(nn.Module):
+    """FFN of x (B, H, W, C); its halves apart, so that each is contiguous."""
+
+    def __init__(self, norm: ChannelNorm, module: GatedFeedForward, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = _Norm(norm, dtype)
+        self.gate, self.value = (
+            nn.Sequential(_Pointwise(wide, dtype), _Depthwise(near, dtype))
+            for wide, near in zip(module.expand.weight.chunk(2), module.local.weight.chunk(2))
+        )
+        self.out = _Pointwise(module.out.weight, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        result: Tensor = self.out(F.gelu(self.gate(x)).mul_(self.value(x)))
+        return result
+
+
+def _add(x: Tensor, branch: Branch, reach: int) -> None:
+    """x += branch(x) in place, strip by strip, for a branch that reaches so many rows up and down."""
+    height, above = x.shape[1], x[:, :0]
+    for top, bottom in _strips(height, x.shape[2]):
+        seen = torch.cat([above, x[:, top : min(height, bottom + reach)]], 1)
+        first, last = above.shape[1], above.shape[1] + bottom - top
+        x[:, top:bottom] += branch(seen)[:, first:last]
+        above = seen[:, max(0, last - reach) : last].clone()  # as it was
+
+
+class FastStack(nn.Module):
+    """A `BlockStack` for inference, with its weights in `dtype`. Takes and returns (B, C, H, W) float32."""
+
+    def __init__(self, stack: BlockStack, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gain = stack.gain
+        blocks = [block for block in stack.blocks if isinstance(block, HATB)]
+        self.content = nn.ModuleList(_Content(block.norm1, block.content, dtype) for block in blocks)
+        self.degradation = nn.ModuleList(_Degradation(block.norm2, block.degradation, dtype) for block in blocks)
+        self.feed_forward = nn.ModuleList(_FeedForward(block.norm3, block.ffn, dtype) for block in blocks)
+
+    def forward(self, x: Tensor, rate: Tensor) -> Tensor:
+        x = (x * self.gain(rate)).permute(0, 2, 3, 1).contiguous()
+        for content, degradation, feed_forward in zip(self.content, self.degradation, self.feed_forward):
+            content(x)
+            _add(x, degradation, 2)
+            _add(x, feed_forward, 1)
+        return x.permute(0, 3, 1, 2)
+
+
+def speed_up(transform: Analysis | Synthesis, dtype: torch.dtype) -> None:
+    """Replace the stacks of a loaded transform by fast ones; it can no longer be trained or saved."""
+    transform.stacks = nn.ModuleList(
+        FastStack(stack, dtype) for stack in transform.stacks if isinstance(stack, BlockStack)
+    )

@@ -1,0 +1,227 @@
+"""`python -m tests.bench.speed` (`make bench`): speed and memory beside the peers, all measured in one run.
+
+    peers    compress and decompress of one 768x512 photo: ours; CompressAI's mbt2018-mean and cheng2020-attn and our
+             own paper-s with random weights (nothing pretrained can be had here; the arithmetic is the same)
+    share    the transforms' arithmetic per second against the best bare convolution and matrix product of this machine
+    exact    what part of the time is entropy coding and the exact path
+    memory   a photo of 12 and one of 50 megapixels, each in its own process
+    startup  from the start of the process to ready, and how much of it are imports of others
+
+Prints a table with the goals and writes JSON. A benchmark, not a test: nothing here passes or fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+from service.codec.config import CONFIGS
+from service.codec.cost import cost
+from service.codec.model import TrainableCodec
+from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride, ship
+from service.engine import EncodeJob, Engine, Photo, StageTimes
+from service.settings import Settings
+from service.store import ModelStore
+from tests.bench.load import upload
+from tests.bench.machine import machine
+from tests.served import served
+
+RESULT = Path(__file__).parent / "results" / "speed.json"
+PIXELS = 768 * 512
+
+
+def seconds(call: Callable[[], object], repeats: int, warm: int = 1) -> float:
+    """Median seconds of a call."""
+    for _ in range(warm):
+        call()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def as_tensor(photo: Photo) -> torch.Tensor:
+    return torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def peers(engine: Engine, photo: Photo) -> dict[str, dict[str, float]]:
+    """Seconds each way, per codec."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from compressai.zoo import cheng2020_attn, mbt2018_mean
+    job = [EncodeJob(photo, 4)]
+    stream = engine.encode(job)
+    found = {
+        "edge": {
+            "compress": seconds(lambda: engine.encode(job)[0].to_bytes(), 15, 3),
+            "decompress": seconds(lambda: engine.decode(stream), 15, 3),
+        }
+    }
+    x = as_tensor(photo)
+    with torch.inference_mode():
+        for name, make, repeats in (("mbt2018-mean", mbt2018_mean, 5), ("cheng2020-attn", cheng2020_attn, 1)):
+            torch.manual_seed(1)
+            model = make(4, pretrained=False).eval()
+            model.update()
+            packed = model.compress(x)
+            found[name] = {
+                "compress": seconds(partial(model.compress, x), repeats, 0),
+                "decompress": seconds(partial(model.decompress, packed["strings"], packed["shape"]), repeats, 0),
+            }
+        torch.manual_seed(1)
+        ours = TrainableCodec(CONFIGS["paper-s"]).eval()
+        codec = ShippedCodec.from_tensors(*ship(ours), engine.device, getattr(torch, engine.precision))
+        rate, padded = torch.tensor([3]), pad_to_stride(x)
+
+        def compress() -> object:
+            return codec.write(codec.symbols_of(*codec.analyse(padded, rate), rate)[0])
+
+        coded = compress()
+        found["paper-s"] = {
+            "compress": seconds(compress, 3),
+            "decompress": seconds(
+                lambda: codec.synthesise(codec.read([coded], rate, *latent_size(*photo.shape[:2])), rate), 3
+            ),
+        }
+    return found
+
+
+def peak(dtype: torch.dtype) -> dict[str, float]:
+    """The best GFLOP/s of bare convolutions and of a bare matrix product in `dtype`."""
+    best = 0.0
+    for channels, kernel, height, width in ((128, 3, 64, 96), (256, 3, 64, 96), (192, 1, 128, 192), (512, 1, 64, 96)):
+        x = torch.rand(1, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.rand(channels, channels, kernel, kernel).to(dtype).contiguous(memory_format=torch.channels_last)
+        flops = 2 * channels**2 * kernel**2 * height * width
+        best = max(best, flops / seconds(partial(F.conv2d, x, weight, padding=kernel // 2), 15, 3))
+    a = torch.rand(2048, 2048).to(dtype)
+    return {"convolution": best / 1e9, "matrix_product": 2 * 2048**3 / seconds(lambda: a @ a, 9, 2) / 1e9}
+
+
+def share(engine: Engine, photo: Photo) -> dict[str, float]:
+    """GFLOP/s of g_a and g_s, and of the bare operations."""
+    codec, macs = engine.default.codec, cost(CONFIGS[engine.default.entry.size])
+    rate = torch.tensor([3])
+    with torch.inference_mode():
+        x = pad_to_stride(as_tensor(photo)).contiguous(memory_format=torch.channels_last)
+        y = codec.g_a(x, rate)
+        best = peak(getattr(torch, engine.precision))
+        found = {
+            "g_a": 2e3 * macs.encoder * PIXELS / seconds(lambda: codec.g_a(x, rate), 15, 3) / 1e9,
+            "g_s": 2e3 * macs.decoder * PIXELS / seconds(lambda: codec.g_s(y.round(), rate), 15, 3) / 1e9,
+        }
+    return {**found, **best}
+
+
+def exact(engine: Engine, photo: Photo) -> dict[str, float]:
+    """The part of a call's time that is not the float transforms: exact path, symbols, rANS."""
+    codec, job, rate = engine.default.codec, [EncodeJob(photo, 4)], torch.tensor([3])
+    (stream,) = engine.encode(job)
+    with torch.inference_mode():
+        x = pad_to_stride(as_tensor(photo))
+        y, _ = codec.analyse(x, rate)
+        forth = 1 - seconds(lambda: codec.analyse(x, rate), 15, 3) / seconds(lambda: engine.encode(job), 15, 3)
+        back = 1 - seconds(lambda: codec.synthesise(y, rate), 15, 3) / seconds(lambda: engine.decode([stream]), 15, 3)
+    times = StageTimes()
+    engine.encode(job, times)
+    return {"compress": forth, "decompress": back, "rans_compress": times.entropy / (times.entropy + times.transform)}
+
+
+LARGE = """
+import json, resource, sys, time
+from tests.bench.load import upload
+from service.engine import EncodeJob, Engine
+from service.settings import Settings
+from service.store import ModelStore
+photo, _ = upload(*map(int, sys.argv[1:3]))
+engine = Engine(ModelStore(Settings().store))
+engine.warm_up()
+def top():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+idle = top()
+started = time.perf_counter()
+streams = engine.encode([EncodeJob(photo, 4)])
+middle, encoded = time.perf_counter(), top()
+engine.decode(streams)
+print(json.dumps({"idle_mib": idle, "compress_s": middle - started, "compress_mib": encoded,
+                  "decompress_s": time.perf_counter() - middle, "peak_mib": top()}))
+"""
+
+
+def large(height: int, width: int) -> dict[str, float]:
+    """Seconds and peak resident memory, in MiB, of one photo of that size in a process of its own."""
+    command = [sys.executable, "-c", LARGE, str(height), str(width)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {"megapixels": height * width / 1e6, **found}
+
+
+def startup() -> dict[str, float]:
+    """Seconds from the start of the process to ready, and those of importing what others wrote."""
+    started = time.perf_counter()
+    with served():
+        ready = time.perf_counter() - started
+    others = "import torch, fastapi, uvicorn, numpy, PIL.Image, pydantic_settings, prometheus_client, compressai.ans"
+    imports = seconds(
+        lambda: subprocess.run([sys.executable, "-W", "ignore", "-c", others], check=True, capture_output=True), 3, 0
+    )
+    return {"ready_s": ready, "imports_s": imports, "ours_s": ready - imports}
+
+
+def table(report: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, str, str]]:
+    """What was wanted and what was measured."""
+    rows = []
+    timed = report["peers"]
+    for name, goal in (("mbt2018-mean", 8), ("cheng2020-attn", 40), ("paper-s", 10)):
+        for way in ("compress", "decompress"):
+            ratio = timed[name][way] / timed["edge"][way]
+            rows.append((f"{way}, against {name}", f">= {goal}x", f"{ratio:.1f}x ({timed[name][way]:.3f} s)"))
+    found = report["share"]
+    for part in ("g_a", "g_s"):
+        ratio = found[part] / found["convolution"]
+        rows.append((f"{part}, of a bare convolution", ">= 50%", f"{ratio:.0%} ({found[part]:.0f} GFLOP/s)"))
+    rows += [
+        (f"exact path and rANS, {way}", "< 20%", f"{report['exact'][way]:.0%}") for way in ("compress", "decompress")
+    ]
+    for name, goal in (("12", "< 2,000 MB"), ("50", "completes")):
+        one = report["memory"][name]
+        spent = f"{1.048576 * one['peak_mib']:,.0f} MB, {one['compress_s']:.1f} + {one['decompress_s']:.1f} s"
+        rows.append((f"{name} megapixels, peak memory", goal, spent))
+    start = report["startup"]["all"]
+    rows.append(("start to ready", "< 12 s", f"{start['ready_s']:.1f} s"))
+    rows.append(("of it ours", "< 3 s", f"{start['ours_s']:.1f} s"))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.speed", description=__doc__)
+    parser.add_argument("--json", type=Path, default=RESULT)
+    args = parser.parse_args()
+    engine = Engine(ModelStore(Settings().store), "cpu")
+    engine.warm_up()
+    photo, _ = upload()
+    report: dict[str, dict[str, dict[str, float]]] = {"startup": {"all": startup()}}
+    report["memory"] = {"12": large(3000, 4000), "50": large(6000, 8333)}
+    one = {"share": share(engine, photo), "exact": exact(engine, photo)}
+    report["peers"] = peers(engine, photo)
+    for row in table({**report, **one}):  # type: ignore[dict-item]
+        print("{:38} {:>12}   {}".format(*row))
+    content = {"machine": machine(), "precision": engine.precision, **report, **one}
+    args.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
