@@ -264,8 +264,10 @@ class Engine:
         def transform(part: Sequence[EncodeJob]) -> list[LatentSymbols]:
             with times.measure("transform"):
                 rate = torch.tensor([job.rate - 1 for job in part], device=self.device)
-                x = torch.cat([self._padded(job.photo) for job in part])
+                padded = [self._padded(job.photo) for job in part]
+                x = torch.cat(padded) if len(padded) > 1 else padded[0]
                 y, z_hat = codec.analyse(x, rate)
+                del padded, x  # a large photo has no memory to spare
                 return codec.symbols_of(y, z_hat, rate)
 
         for part in self._parts(len(jobs), jobs[0].photo[..., 0].size):
@@ -279,7 +281,7 @@ class Engine:
 
     def _padded(self, photo: Photo) -> Tensor:
         """(1, 3, H, W) in [0, 1] on the device, padded."""
-        x = torch.from_numpy(np.array(photo)).to(self.device).permute(2, 0, 1)[None].float() / 255
+        x = torch.from_numpy(np.array(photo)).to(self.device).permute(2, 0, 1)[None].float().div_(255)
         return pad_to_stride(x)
 
     def _decode_group(self, model: Model, streams: list[Bitstream], times: StageTimes) -> list[Photo]:
@@ -289,7 +291,7 @@ class Engine:
         def transform(y_hat: Tensor, rate: Tensor) -> NDArray[np.uint8]:
             with times.measure("transform"):
                 x_hat = codec.synthesise(y_hat, rate)
-                pixels: NDArray[np.uint8] = (x_hat * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+                pixels: NDArray[np.uint8] = x_hat.mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 return pixels
 
         for part in self._parts(len(streams), streams[0].pixels):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.codec.blocks import HATB, ChannelNorm, ContentAggregation, DegradationAttention, GatedFeedForward
-from service.codec.transforms import Analysis, BlockStack, Synthesis
+from service.codec.transforms import Analysis, BlockStack, Resample, Synthesis
 
 STRIP_POSITIONS = 2**15
 """Positions (rows x columns of the residual stream) of one strip: work for every core, little memory."""
@@ -175,8 +175,35 @@ class FastStack(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+class FastResample(nn.Module):
+    """A first or last `Resample` for inference, strip by strip of its coarse side."""
+
+    def __init__(self, resample: Resample) -> None:
+        super().__init__()
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = 1 if self.resample.up else self.resample.factor  # of x, per row of the coarse side
+        strips = _strips(x.shape[2] // rows, x.shape[3] // rows)
+        result = x.new_empty(0)
+        for top, bottom in strips:
+            part = self.resample(x[:, :, top * rows : bottom * rows])
+            if len(strips) == 1:
+                return part
+            height = part.shape[2] // (bottom - top)  # of the result, per row of the coarse side
+            if not top:
+                shape = (*part.shape[:2], height * strips[-1][1], part.shape[3])
+                result = torch.empty(shape, device=x.device, memory_format=torch.channels_last)
+            result[:, :, height * top : height * bottom] = part
+        return result
+
+
 def speed_up(transform: Analysis | Synthesis, dtype: torch.dtype) -> None:
-    """Replace the stacks of a loaded transform by fast ones; it can no longer be trained or saved."""
+    """Put fast stacks and a fast outer layer into a loaded transform; then it can be neither trained nor saved."""
+    outer = "stem" if isinstance(transform, Analysis) else "head"
+    resample = getattr(transform, outer)
+    if not resample.overlap:
+        setattr(transform, outer, FastResample(resample))
     transform.stacks = nn.ModuleList(
         FastStack(stack, dtype) for stack in transform.stacks if isinstance(stack, BlockStack)
     )

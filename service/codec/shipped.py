@@ -79,7 +79,8 @@ def latent_size(height: int, width: int) -> tuple[int, int]:
 
 def pad_to_stride(x: Tensor) -> Tensor:
     """Repeat the last row and column of x (B, 3, H, W) up to multiples of 16."""
-    return F.pad(x, (0, -x.shape[3] % STRIDE, 0, -x.shape[2] % STRIDE), mode="replicate")
+    right, below = -x.shape[3] % STRIDE, -x.shape[2] % STRIDE
+    return F.pad(x, (0, right, 0, below), mode="replicate") if right or below else x
 
 
 class ShippedCodec:
@@ -137,23 +138,20 @@ class ShippedCodec:
         features = self.prior.features(z_hat, rate, h, w)
         mask = half_mask(y.shape[1], h, w, y.device)
         first = self.prior.first_pass(features, rate)
-        symbols0 = self._quantise(y, first)
-        known = (symbols0 * _UNIT + first.mean) * mask
+        symbols = self._quantise(y, first)
+        known = (symbols * _UNIT + first.mean).mul_(mask)
+        zero = zip(_chosen(symbols, mask), _chosen(first.level, mask))
+        del symbols, first  # a large photo has no memory to spare
         second = self.prior.second_pass(features, known, rate)
-        symbols1 = self._quantise(y, second)
-        passes = [
-            [(_numpy(symbol[chosen]), _numpy(level[chosen])) for symbol, level in zip(symbols, output.level)]
-            for symbols, output, chosen in ((symbols0, first, mask), (symbols1, second, ~mask))
-        ]
+        one = zip(_chosen(self._quantise(y, second), ~mask), _chosen(second.level, ~mask))
         return [
-            LatentSymbols(index, _numpy(z.flatten()), (zero, one))
-            for index, z, zero, one in zip(rate.tolist(), z_hat, *passes)
+            LatentSymbols(*each) for each in zip(rate.tolist(), [_numpy(z.flatten()) for z in z_hat], zip(zero, one))
         ]
 
     @staticmethod
     def _quantise(y: Tensor, output: PriorOutput) -> Tensor:
-        symbols = (y - output.mean / _UNIT).round().clamp(-SYMBOL_LIMIT, SYMBOL_LIMIT)
-        return symbols.masked_fill(output.level == SKIPPED_LEVEL, 0)
+        symbols = (y - output.mean / _UNIT).round_().clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT)
+        return symbols.masked_fill_(output.level == SKIPPED_LEVEL, 0)
 
     def write(self, latents: LatentSymbols) -> Coded:
         """Entropy-code one photo."""
@@ -206,34 +204,37 @@ class ShippedCodec:
             z_hat = torch.from_numpy(np.stack(z).reshape(-1, hyper, zh, zw)).to(self.device, torch.float32)
             features = self.prior.features(z_hat, rate, h, w)
             output = self.prior.first_pass(features, rate)
-            return mask, features, output, [_numpy(level[mask]) for level in output.level]
+            return mask, features, output, _chosen(output.level, mask)
 
-        mask, features, first, levels = on_device(first_pass)
-        symbols0 = decode(levels)
+        def first_half() -> tuple[Tensor, Tensor, Tensor]:
+            """The mask, the features and the latents of pass 0; drops the rest, which is much for a large photo."""
+            mask, features, output, levels = on_device(first_pass)
+            symbols = decode(levels)
+            return mask, features, on_device(lambda: self._placed(symbols, output, mask))
 
-        def second_pass() -> tuple[Tensor, PriorOutput, list[Symbols]]:
-            known = self._placed(symbols0, first, mask)
+        def second_pass() -> tuple[PriorOutput, list[Symbols]]:
             output = self.prior.second_pass(features, known, rate)
-            return known, output, [_numpy(level[~mask]) for level in output.level]
+            return output, _chosen(output.level, ~mask)
 
-        known, second, levels = on_device(second_pass)
+        mask, features, known = first_half()
+        second, levels = on_device(second_pass)
         symbols1 = decode(levels)
         for start, listed in zip(starts, outliers):
             if len(listed.position) and listed.position[-1] >= start:
                 raise CorruptPayload(f"outliers: position {listed.position[-1]} of {start} coded latents")
-        return on_device(lambda: (known + self._placed(symbols1, second, ~mask)) / _UNIT)
+        return on_device(lambda: self._placed(symbols1, second, ~mask).add_(known).div_(_UNIT))
 
     def _placed(self, symbols: list[Symbols], output: PriorOutput, chosen: Tensor) -> Tensor:
         """The latents of one pass in sixteenths, zero elsewhere."""
-        y_hat = torch.zeros_like(output.mean)
-        for index, one in enumerate(symbols):
-            y_hat[index][chosen] = torch.from_numpy(one).to(self.device, torch.float32) * _UNIT
-        return y_hat + output.mean * chosen
+        y_hat, at = output.mean * chosen, chosen.flatten().nonzero()[:, 0]
+        for photo, one in zip(y_hat, symbols):
+            photo.view(-1).index_add_(0, at, torch.from_numpy(one).to(self.device, torch.float32).mul_(_UNIT))
+        return y_hat
 
     @torch.inference_mode()
     def synthesise(self, y_hat: Tensor, rate: Tensor) -> Tensor:
         """y_hat: (B, N, h, w). Returns x_hat (B, 3, 16 h, 16 w) float32 in [0, 1]."""
-        return self.g_s(y_hat.contiguous(memory_format=torch.channels_last), rate).float().clamp(0, 1)
+        return self.g_s(y_hat.contiguous(memory_format=torch.channels_last), rate).float().clamp_(0, 1)
 
     # --- exactness --------------------------------------------------------------------------------------------------
 
@@ -334,6 +335,12 @@ def ship(model: TrainableCodec) -> tuple[dict[str, Tensor], str]:
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
+
+
+def _chosen(values: Tensor, mask: Tensor) -> list[Symbols]:
+    """Per photo the values (B, N, h, w) of one pass, in (channel, row, column) order."""
+    at = mask.flatten().nonzero()[:, 0]
+    return [_numpy(photo.flatten().index_select(0, at)) for photo in values]
 
 
 def _numpy(x: Tensor) -> Symbols:

@@ -141,17 +141,18 @@ def exact(engine: Engine, photo: Photo) -> dict[str, float]:
 
 
 LARGE = """
-import json, resource, sys, time
-from tests.bench.load import upload
+import json, sys, time
 from service.engine import EncodeJob, Engine
+from service.imaging import read_photo
 from service.settings import Settings
 from service.store import ModelStore
-photo, _ = upload(*map(int, sys.argv[1:3]))
 engine = Engine(ModelStore(Settings().store))
 engine.warm_up()
 def top():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
 idle = top()
+photo = read_photo(sys.stdin.buffer.read(), 10**8)
 started = time.perf_counter()
 streams = engine.encode([EncodeJob(photo, 4)])
 middle, encoded = time.perf_counter(), top()
@@ -163,8 +164,8 @@ print(json.dumps({"idle_mib": idle, "compress_s": middle - started, "compress_mi
 
 def large(height: int, width: int) -> dict[str, float]:
     """Seconds and peak resident memory, in MiB, of one photo of that size in a process of its own."""
-    command = [sys.executable, "-c", LARGE, str(height), str(width)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    _, photo = upload(height, width)
+    done = subprocess.run([sys.executable, "-c", LARGE], input=photo, check=True, capture_output=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return {"megapixels": height * width / 1e6, **found}
 
