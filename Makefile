@@ -29,7 +29,9 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 
 bench: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.bench.speed
 	$(BIN)/python -m tests.bench.latency
+	$(BIN)/python -m tests.bench.growth
 
 cost: $(VENV)/run.stamp
 	$(BIN)/python -m service.codec.cost

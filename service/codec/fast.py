@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from service.codec.blocks import HATB, ChannelNorm, ContentAggregation, DegradationAttention, GatedFeedForward
 from service.codec.transforms import Analysis, BlockStack, Resample, Synthesis
 
-STRIP_POSITIONS = 2**15
+STRIP_POSITIONS = 2**14
 """Positions (rows x columns of the residual stream) of one strip: work for every core, little memory."""
 
 Branch = Callable[[Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""`python -m tests.bench.latency` (`make bench`): the served latency and memory of one photo at a time.
+"""`python -m tests.bench.latency`: the served latency and memory of one photo at a time.
 
 Starts the real server, sends a 768x512 photo both ways over HTTP, prints medians and the server's resident memory, and
 writes JSON with the machine's facts. A benchmark, not a test: nothing here passes or fails.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +17,8 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import psutil
-import torch
 
+from tests.bench.machine import machine
 from tests.conftest import image_bytes, noisy, photo
 from tests.served import served
 
@@ -83,9 +81,7 @@ def main() -> None:
     report = {
         "photo": "768x512",
         "repeats": args.repeats,
-        "cpus": os.cpu_count(),
-        "cpu": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        "machine": machine(),
         "resident_mib_ready": round(started / 2**20),
         "resident_mib_after": round(resident / 2**20),
         "rows": [asdict(row) for row in rows],

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import signal
 import time
 from collections import Counter
@@ -27,13 +25,13 @@ from typing import cast
 import httpx2
 import numpy as np
 import psutil
-import torch
 
 from service.codec.bitstream import Bitstream, BitstreamError
 from service.engine import EncodeJob, Engine, Photo
 from service.imaging import read_photo
 from service.settings import Settings
 from service.store import ModelStore
+from tests.bench.machine import machine
 from tests.conftest import image_bytes, noisy, photo
 from tests.served import served
 
@@ -312,7 +310,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULT)
     args = parser.parse_args()
     report: Report = json.loads(args.json.read_text()) if args.json.exists() else {}
-    report |= {"cpus": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
+    report |= {"machine": machine()}
     for name in args.only:
         PARTS[name](report)
     args.json.parent.mkdir(exist_ok=True)

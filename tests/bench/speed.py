@@ -175,7 +175,7 @@ def startup() -> dict[str, float]:
     started = time.perf_counter()
     with served():
         ready = time.perf_counter() - started
-    others = "import torch, fastapi, uvicorn, numpy, PIL.Image, pydantic_settings, prometheus_client, compressai.ans"
+    others = "import torch, fastapi, uvicorn, numpy, PIL.Image, pydantic_settings, prometheus_client"
     imports = seconds(
         lambda: subprocess.run([sys.executable, "-W", "ignore", "-c", others], check=True, capture_output=True), 3, 0
     )
