@@ -64,16 +64,11 @@ class Cluster:
         running = psutil.process_iter(["cmdline"])
         return [p for p in running if any("ServeReplica:limpid" in part for part in p.info["cmdline"] or [])]
 
-    def counts(self, operation: str) -> dict[str, float]:
-        """Answers with 200 per replica; Ray picks the replica that answers /metrics, so ask until both did."""
-        counts: dict[str, float] = {}
-        deadline = time.monotonic() + 30
-        while len(counts) < 2 and time.monotonic() < deadline:
-            lines = httpx2.get(f"{self.base}/metrics", timeout=30).text.splitlines()
-            series = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-            name = f'limpid_http_requests_total{{operation="{operation}",status="200"}}'
-            counts[series["process_start_time_seconds"]] = float(series[name])
-        return counts
+    def answered(self, operation: str) -> float:
+        """Answers with 200 of one replica, whichever Ray picks for /metrics."""
+        lines = httpx2.get(f"{self.base}/metrics", timeout=30).text.splitlines()
+        series = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return float(series[f'limpid_http_requests_total{{operation="{operation}",status="200"}}'])
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +120,7 @@ def test_requests_spread_and_a_stream_of_one_replica_decodes_on_the_other(cluste
     assert {back.status_code for back in backs} == {200}
     assert psnr(read_photo(backs[-1].content, 10**6), parrots) > psnr(degraded, parrots) + 3
     for operation in ("compress", "decompress"):
-        counts = cluster.counts(operation)
-        assert len(counts) == 2
-        assert all(count > 0 for count in counts.values()), (operation, counts)
+        assert 0 < cluster.answered(operation) < 12  # neither none nor all, so the other had the rest
 
 
 def test_a_rolling_update_of_the_store_loses_no_request(cluster: Cluster, tmp_path: Path, bikes: Photo) -> None:
