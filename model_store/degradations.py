@@ -36,13 +36,15 @@ class Ranges:
     """Bounds of the parameters; each is drawn uniformly unless it says log.
 
     noise: sigma in [0, 1]. read, shot: sensor noise in linear light, log: deviation and variance per unit of light.
+    rain_density: drops per pixel of streaks 14 pixels long; longer ones are rarer.
+    mosaic: share of the photos whose sensor noise went through demosaicing.
     """
 
     noise: Range = (2 / 255, 58 / 255)
     read: Range = (0.002, 0.09)
     shot: Range = (0.0005, 0.035)
     rain_density: Range = (0.001, 0.02)
-    rain_length: Range = (7, 25)
+    rain_length: Range = (7, 40)
     rain_width: Range = (0.5, 1.1)
     rain_angle: Range = (-0.7, 0.7)
     rain_strength: Range = (0.25, 1.0)
@@ -54,13 +56,14 @@ class Ranges:
     airlight: Range = (0.65, 1.0)
     light: Range = (0.08, 0.5)
     blur_radius: Range = (0.6, 2.6)
-    jpeg_quality: Range = (10, 80)
+    jpeg_quality: Range = (10, 92)
+    mosaic: float = 0.5
 
 
 TRAINING = Ranges()
 EVALUATION = Ranges(
     rain_density=(0.002, 0.024),
-    rain_length=(9, 29),
+    rain_length=(9, 46),
     rain_angle=(-0.9, 0.9),
     snow_density=(0.0008, 0.007),
     snow_radius=(0.7, 3.3),
@@ -119,7 +122,7 @@ def _grid(reach: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def line_kernels(length: Tensor, width: Tensor, angle: Tensor) -> Tensor:
     """Soft line segments, (B, k, k), peak 1: the mark of a streak or of a moving camera; angles from the vertical."""
-    reach = int(length.max().item() / 2) + 2
+    reach = int(length.max().item() / 2 + 2 * width.max().item()) + 1
     i, j = _grid(reach, length.device)
     length, width, angle = (p.reshape(-1, 1, 1) for p in (length, width, angle))
     along = i * angle.cos() + j * angle.sin()
@@ -127,51 +130,83 @@ def line_kernels(length: Tensor, width: Tensor, angle: Tensor) -> Tensor:
     return torch.exp(-((across / width) ** 2) / 2) * torch.sigmoid((length / 2 - along.abs()) * 2)
 
 
+def disc_kernels(radius: Tensor) -> Tensor:
+    """Soft-edged discs, (B, k, k), peak 1: a point of light through a lens out of focus."""
+    i, j = _grid(int(radius.max().item()) + 2, radius.device)
+    return torch.sigmoid(3 * (radius.reshape(-1, 1, 1) - (i**2 + j**2).sqrt()))
+
+
+def demosaiced(field: Tensor) -> Tensor:
+    """Noise (B, 3, H, W) as bilinear demosaicing of an RGGB mosaic leaves it: correlated, and coarser in R and B."""
+    h, w = field.shape[2:]
+    even_row, even_column = (torch.arange(size, device=field.device) % 2 == 0 for size in (h, w))
+    red, blue = even_row[:, None] & even_column, ~even_row[:, None] & ~even_column
+    mosaic = field * torch.stack([red, ~red & ~blue, blue])
+    tent = torch.tensor([0.5, 1, 0.5], device=field.device)
+    cross = torch.tensor([[0, 0.25, 0], [0.25, 1, 0.25], [0, 0.25, 0]], device=field.device)
+    kernels = torch.stack([tent[:, None] * tent, cross, tent[:, None] * tent])
+    return F.conv2d(F.pad(mosaic, (1, 1, 1, 1), mode="reflect"), kernels[:, None], groups=3)
+
+
+def depth_of(x: Tensor, draw: Draw) -> Tensor:
+    """A plausible depth, (B, 1, H, W) in [0.3, 1]: far at the top, uneven, with steps where the photo has them."""
+    h, w = x.shape[2:]
+    slope = torch.linspace(1, 0, h, device=x.device)[None, None, :, None] * draw.uniform((0, 1))
+    for cells in (3, 7):
+        waves = F.interpolate(draw.field(1, cells, cells), (h, w), mode="bicubic", align_corners=False)
+        slope = slope + waves * draw.uniform((0, 1.4)) / cells**0.5
+    coarse = F.interpolate(x.mean(1, keepdim=True), (max(1, h // 8), max(1, w // 8)), mode="area")
+    light = F.interpolate(coarse, (h, w), mode="bilinear", align_corners=False)
+    step = torch.sigmoid((light - draw.uniform((0.3, 0.7))) * draw.uniform((-20, 20)))
+    return 0.3 + 0.7 * (slope + step * draw.uniform((0, 0.6))).clamp(0, 1)
+
+
 def noise(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
     return x + draw.uniform(ranges.noise) * draw.normal(*x.shape[1:])
 
 
+def _exposed(light: Tensor, read: Tensor, shot: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
+    """Linear light with shot and read noise, a share of it demosaiced, in sRGB."""
+    grain = (read**2 + shot * light).sqrt() * draw.normal(*light.shape[1:])
+    return to_srgb(light + torch.where(draw.uniform((0, 1)) < ranges.mosaic, demosaiced(grain), grain))
+
+
 def sensor_noise(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
     """Shot and read noise in linear light."""
-    light = to_linear(x)
-    variance = draw.uniform(ranges.read, log=True) ** 2 + draw.uniform(ranges.shot, log=True) * light
-    return to_srgb(light + variance.sqrt() * draw.normal(*x.shape[1:]))
+    read, shot = draw.uniform(ranges.read, log=True), draw.uniform(ranges.shot, log=True)
+    return _exposed(to_linear(x), read, shot, draw, ranges)
 
 
 def rain(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
-    """Streaks of one direction, screened over the photo, and a slight veil."""
-    kernels = line_kernels(
-        draw.uniform(ranges.rain_length), draw.uniform(ranges.rain_width), draw.uniform(ranges.rain_angle)
-    )
-    drops = draw.field(1, *x.shape[2:])
-    drops = (drops < draw.uniform(ranges.rain_density)) * draw.field(1, *x.shape[2:])
-    streaks = (filter_each(drops, kernels) * draw.uniform(ranges.rain_strength)).clamp(0, 0.9)
-    veiled = x + (0.8 - x) * draw.uniform(ranges.veil)
-    return veiled + (0.95 - veiled) * streaks
+    """Streaks at two depths, nearly of one direction, screened over the photo, and a veil that grows with depth."""
+    veiled = x + (0.8 - x) * draw.uniform(ranges.veil) * depth_of(x, draw)
+    length, width = draw.uniform(ranges.rain_length), draw.uniform(ranges.rain_width)
+    density, angle = draw.uniform(ranges.rain_density) * 14 / length, draw.uniform(ranges.rain_angle)
+    cover = torch.zeros_like(x[:, :1])
+    for scale, share in ((0.5, draw.uniform((0, 0.6))), (1.0, 1.0)):
+        kernels = line_kernels(length * scale, width * scale**0.5, angle + 0.05 * draw.normal(1, 1, 1))
+        drops = (draw.field(1, *x.shape[2:]) < density) * draw.field(1, *x.shape[2:])
+        cover = cover + share * filter_each(drops, kernels)
+    return veiled + (0.95 - veiled) * (cover * draw.uniform(ranges.rain_strength)).clamp(0, 0.9)
 
 
 def snow(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
-    """Flakes at three depths, far ones small and dense, near ones large, smeared and rare, and a slight veil."""
-    out = x + (0.85 - x) * draw.uniform(ranges.veil)
+    """Flakes at three depths, far ones small and dense, near ones large, smeared and rare, behind them a veil."""
+    out = x + (0.85 - x) * draw.uniform(ranges.veil) * depth_of(x, draw)
     density, radius = draw.uniform(ranges.snow_density, log=True), draw.uniform(ranges.snow_radius)
-    for depth in (0.5, 1.0, 2.0):
-        size = (radius * depth).clamp_min(0.5)
-        kernels = line_kernels(size * (1 + 2 * draw.uniform((0, 1))), size, draw.uniform((-1.2, 1.2)))
+    for scale in (0.5, 1.0, 2.0):
+        size = (radius * scale / 1.5).clamp_min(0.4)
+        kernels = line_kernels(size * 3 * draw.uniform((0, 1)), size, draw.uniform((-1.2, 1.2)))
         flakes = draw.field(1, *x.shape[2:])
-        flakes = (flakes < density / depth**2) * (0.4 + 0.6 * draw.field(1, *x.shape[2:]))
+        flakes = (flakes < density / scale**2) * (0.4 + 0.6 * draw.field(1, *x.shape[2:]))
         cover = (filter_each(flakes, kernels) * draw.uniform(ranges.snow_strength)).clamp(0, 1)
         out = out + (0.98 - out) * cover
     return out
 
 
 def haze(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
-    """Airlight through a smooth depth: x t + A (1 - t), t = exp(-thickness * depth) (Koschmieder)."""
-    h, w = x.shape[2:]
-    coarse = draw.field(1, 4, 4)
-    field = F.interpolate(coarse, (h, w), mode="bicubic", align_corners=False).clamp(0, 1)
-    slope = torch.linspace(1, 0, h, device=x.device)[None, None, :, None] * draw.uniform((0, 1))
-    depth = 0.4 + 0.6 * (field * draw.uniform((0, 1)) + slope).clamp(0, 1)
-    t = torch.exp(-draw.uniform(ranges.haze_thickness) * depth)
+    """Airlight through a depth: x t + A (1 - t), t = exp(-thickness * depth) (Koschmieder)."""
+    t = torch.exp(-draw.uniform(ranges.haze_thickness) * depth_of(x, draw))
     airlight = draw.uniform(ranges.airlight) + 0.03 * draw.normal(3, 1, 1)
     return x * t + airlight.clamp(0, 1) * (1 - t)
 
@@ -180,16 +215,20 @@ def low_light(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
     """Less light on the sensor, and its noise."""
     light = to_linear(x) * draw.uniform(ranges.light, log=True)
     read, shot = draw.uniform((0.0003, 0.006), log=True), draw.uniform((0.00005, 0.001), log=True)
-    return to_srgb(light + (read**2 + shot * light).sqrt() * draw.normal(*x.shape[1:]))
+    return _exposed(light, read, shot, draw, ranges)
 
 
 def blur(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
-    """Motion blur, or with a length near zero the round blur of a lens out of focus."""
-    radius = draw.uniform(ranges.blur_radius)
-    length = radius * 5 * draw.uniform((0, 1)) * (draw.uniform((0, 1)) < 0.5)
-    width = torch.where(length > radius, radius * 0.4, radius)
-    kernels = line_kernels(length, width, draw.uniform((-math.pi / 2, math.pi / 2)))
-    return filter_each(x, kernels / kernels.sum((1, 2), keepdim=True))
+    """One of three: a camera that moved, a lens out of focus, a soft lens (Gaussian)."""
+    radius, choice = draw.uniform(ranges.blur_radius), draw.uniform((0, 3))
+    moved = line_kernels(5 * radius * draw.uniform((0.3, 1)), 0.4 * radius, draw.uniform((-math.pi / 2, math.pi / 2)))
+    unfocused = disc_kernels(1.5 * radius)
+    soft = line_kernels(torch.zeros_like(radius), radius, torch.zeros_like(radius))
+    out = x
+    for index, kernels in enumerate((moved, unfocused, soft)):
+        chosen = (choice >= index) & (choice < index + 1)
+        out = torch.where(chosen, filter_each(x, kernels / kernels.sum((1, 2), keepdim=True)), out)
+    return out
 
 
 def _dct_matrix(device: torch.device) -> Tensor:

@@ -35,6 +35,9 @@ KIND_SHARES: dict[Kind, float] = {
 }
 """How often each kind is drawn alone; what is left to 1 are mixtures of two."""
 
+UPLOAD_JPEG = 0.1
+"""Share of the degraded photos that arrive as JPEG besides, as gateways send them."""
+
 LOG_EVERY = 50
 CHECKPOINT_SECONDS = 180
 WARM_UP_STEPS = 200
@@ -82,6 +85,11 @@ class Batches:
         self.damage.set_state(state["damage"].cpu())
 
     def _kinds(self) -> tuple[Kind, ...]:
+        kinds = self._camera_kinds()
+        sent_as_jpeg = float(torch.rand(1, generator=self.choices)) < UPLOAD_JPEG
+        return (*kinds, Kind.JPEG) if sent_as_jpeg and kinds != (Kind.CLEAN,) else kinds
+
+    def _camera_kinds(self) -> tuple[Kind, ...]:
         single = list(KIND_SHARES)
         shares = torch.tensor([*KIND_SHARES.values(), 1 - sum(KIND_SHARES.values())])
         choice = int(torch.multinomial(shares, 1, generator=self.choices))
