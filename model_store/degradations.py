@@ -294,17 +294,32 @@ MAKERS: dict[Kind, Callable[[Tensor, Draw, Ranges], Tensor]] = {
 
 
 def degrade(x: Tensor, kinds: Sequence[Sequence[Kind]], generator: torch.Generator, ranges: Ranges) -> Tensor:
+    """The photos of `degrade_measured`."""
+    return degrade_measured(x, kinds, generator, ranges)[0]
+
+
+def degrade_measured(
+    x: Tensor, kinds: Sequence[Sequence[Kind]], generator: torch.Generator, ranges: Ranges
+) -> tuple[Tensor, list[dict[Kind, float]]]:
     """Apply to every photo its kinds, in the order of `MAKERS`, and round to 8 bits.
 
     Args:
         x: (B, 3, H, W) in [0, 1].
         kinds: for each photo the kinds it gets; none, or CLEAN, leaves it as it is.
         generator: on the device of x.
+
+    Returns:
+        The photos, and for each the MSE that each of its kinds added to what it was given.
     """
     out = x.clone()
+    harm: list[dict[Kind, float]] = [{} for _ in kinds]
     for kind, make in MAKERS.items():
         chosen = [index for index, listed in enumerate(kinds) if kind in listed]
         if chosen:
             draw = Draw(len(chosen), generator)
-            out[chosen] = (make(out[chosen], draw, ranges).clamp(0, 1) * 255).round() / 255
-    return out
+            before = out[chosen]
+            after = (make(before, draw, ranges).clamp(0, 1) * 255).round() / 255
+            out[chosen] = after
+            for index, mse in zip(chosen, (after - before).square().mean((1, 2, 3)).tolist()):
+                harm[index][kind] = mse
+    return out, harm

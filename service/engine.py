@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.codec.bitstream import Bitstream, BitstreamError, CorruptBitstream
+from service.codec.bitstream import Bitstream, BitstreamError, CorruptBitstream, Degradation
 from service.codec.config import RATE_POINTS
 from service.codec.device import keep_heap, pick_device, release_heap, transform_precision
 from service.codec.rans import CorruptPayload
@@ -261,22 +261,23 @@ class Engine:
     def _encode_group(self, model: Model, jobs: list[EncodeJob], times: StageTimes) -> list[Bitstream]:
         codec, streams = model.codec, []
 
-        def transform(part: Sequence[EncodeJob]) -> list[LatentSymbols]:
+        def transform(part: Sequence[EncodeJob]) -> tuple[list[LatentSymbols], list[tuple[Degradation, ...]]]:
             with times.measure("transform"):
                 rate = torch.tensor([job.rate - 1 for job in part], device=self.device)
                 padded = [self._padded(job.photo) for job in part]
                 x = torch.cat(padded) if len(padded) > 1 else padded[0]
-                y, z_hat = codec.analyse(x, rate)
+                y, z_hat, found = codec.analyse(x, rate)
                 del padded, x  # a large photo has no memory to spare
-                return codec.symbols_of(y, z_hat, rate)
+                return codec.symbols_of(y, z_hat, rate), found
 
         for part in self._parts(len(jobs), jobs[0].photo[..., 0].size):
-            latents = self._on_device(partial(transform, jobs[part]))
+            latents, found = self._on_device(partial(transform, jobs[part]))
             with times.measure("entropy"):
                 coded = [codec.write(one) for one in latents]
-            for job, one in zip(jobs[part], coded):
+            model_id = model.entry.model_id
+            for job, degradations, one in zip(jobs[part], found, coded):
                 height, width = job.photo.shape[:2]
-                streams.append(Bitstream(model.entry.model_id, job.rate, width, height, (), one.outliers, one.payload))
+                streams.append(Bitstream(model_id, job.rate, width, height, degradations, one.outliers, one.payload))
         return streams
 
     def _padded(self, photo: Photo) -> Tensor:

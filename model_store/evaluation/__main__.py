@@ -1,8 +1,12 @@
 """`python -m model_store.evaluation`: measure peers and models on real bytes, then report.
 
-peers    JPEG, WebP and AVIF on every photo and condition -> results/peers-SET.json
-model    one model of the store, the same inputs          -> results/NAME-SET.json
-report   table and plots from both; the model's means go into store.json for /variants
+peers    JPEG, WebP and AVIF on every photo and condition        -> results/peers-SET.json
+cascade  OpenCV's non-local means before them, on noisy photos   -> results/cascade-SET.json
+model    one model of the store, the same inputs                 -> results/NAME-SET.json
+report   table and plots from these; the model's means go into store.json for /variants
+naming   does the model's report name what the generator did?    -> results/NAME-naming.json
+generations   compress the result again, ten times, at rate 6    -> results/NAME-generations.json
+sheets   photos without ground truth, before and after           -> results/NAME-FOLDER.jpg
 """
 
 from __future__ import annotations
@@ -14,14 +18,20 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from model_store.evaluation.codecs import PEERS, LimpidCodec, peer_points
+from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
 from model_store.evaluation.conditions import SETS, psnr, samples
 from model_store.evaluation.report import RESULTS, Record, curves, plot, read_records, table
+from model_store.evaluation.trials import contact_sheet, generations, naming
+from model_store.training.photos import photo_paths
 
 STORE = Path(__file__).parents[1]
+
+STRENGTHS = (5, 8, 11, 14, 18, 23, 28, 34, 42, 52)
+"""What the cascade's denoiser is tuned over, on every eighth photo of a set, for each condition."""
 
 
 def _write(path: Path, records: list[Record]) -> None:
@@ -50,10 +60,31 @@ def _peers(args: argparse.Namespace) -> None:
             if sample.condition.name != "clean":
                 records.append(Record(*key, "INPUT", 0, 0, 0.0, round(psnr(sample.degraded, sample.clean), 4)))
             for format in PEERS:
-                for quality, size, decoded in peer_points(format, sample):
+                for quality, size, decoded in peer_points(format, sample.degraded):
                     value = round(psnr(decoded, sample.clean), 4)
                     records.append(Record(*key, format, quality, size, round(8 * size / pixels, 5), value))
         _write(args.results / f"peers-{name}.json", records)
+
+
+def _cascade(args: argparse.Namespace) -> None:
+    for name in args.sets:
+        chosen = [s for s in samples(args.photos, name, args.limit) if s.condition.name.startswith("noise-")]
+        strengths = {}
+        for condition in dict.fromkeys(sample.condition.name for sample in chosen):
+            tuned_on = [sample for sample in chosen if sample.condition.name == condition][::8]
+            scores = {h: np.mean([psnr(denoised(s.degraded, h), s.clean) for s in tuned_on]) for h in STRENGTHS}
+            strengths[condition] = max(scores, key=lambda h: scores[h])
+            print(condition, {h: round(float(score), 2) for h, score in scores.items()})
+        records = []
+        for sample in tqdm(chosen, desc=f"cascade, {name}"):
+            pixels = sample.clean.shape[0] * sample.clean.shape[1]
+            photo = denoised(sample.degraded, strengths[sample.condition.name])
+            for format in ("WEBP", "AVIF"):
+                for quality, size, decoded in peer_points(format, photo):
+                    key = (name, sample.photo, sample.condition.name, f"NLM+{format}")
+                    value = round(psnr(decoded, sample.clean), 4)
+                    records.append(Record(*key, quality, size, round(8 * size / pixels, 5), value))
+        _write(args.results / f"cascade-{name}.json", records)
 
 
 def _model(args: argparse.Namespace) -> None:
@@ -69,12 +100,36 @@ def _model(args: argparse.Namespace) -> None:
         _write(args.results / f"{codec.entry['name']}-{name}.json", records)
 
 
+def _naming(args: argparse.Namespace) -> None:
+    codec = LimpidCodec(args.store, args.name)
+    named = naming(codec, args.photos, [name for name in args.sets if name in ("kodak", "cbsd68")], args.limit)
+    _save(args.results / f"{codec.entry['name']}-naming.json", named)
+
+
+def _generations(args: argparse.Namespace) -> None:
+    codec = LimpidCodec(args.store, args.name)
+    _save(args.results / f"{codec.entry['name']}-generations.json", generations(codec, args.photos, args.limit))
+
+
+def _save(path: Path, content: dict[str, object]) -> None:
+    print(json.dumps(content["summary"], indent=2))
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _sheets(args: argparse.Namespace) -> None:
+    codec = LimpidCodec(args.store, args.name)
+    for folder in ("rni15", "real"):
+        path = args.results / f"{codec.entry['name']}-{folder}.jpg"
+        contact_sheet(codec, photo_paths(args.photos / folder)[: args.limit]).save(path, quality=82)
+        print(path.name)
+
+
 def _report(args: argparse.Namespace) -> None:
     path = args.store / "store.json"
     index = json.loads(path.read_text())
     name = args.name or index["default"]
-    paths = [*args.results.glob("peers-*.json"), *args.results.glob(f"{name}-*.json")]
-    records = read_records(sorted(paths, key=lambda p: (p.stem.split("-")[-1] != "kodak", p.stem)))
+    paths = [args.results / f"{kind}-{photos}.json" for photos in SETS for kind in ("peers", "cascade", name)]
+    records = read_records(path for path in paths if path.exists())
     text = table(records)
     print(text)
     (args.results / f"{name}.md").write_text(text + "\n")
@@ -90,14 +145,25 @@ def _report(args: argparse.Namespace) -> None:
     path.write_text(json.dumps(index, indent=2) + "\n")
 
 
+COMMANDS = {
+    "peers": _peers,
+    "cascade": _cascade,
+    "model": _model,
+    "report": _report,
+    "naming": _naming,
+    "generations": _generations,
+    "sheets": _sheets,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m model_store.evaluation", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, run in (("peers", _peers), ("model", _model), ("report", _report)):
+    for command, run in COMMANDS.items():
         sub = commands.add_parser(command)
         sub.set_defaults(run=run)
         sub.add_argument("--results", type=Path, default=RESULTS)
-        if command != "peers":
+        if command not in ("peers", "cascade"):
             sub.add_argument("--name", help="model of the store; its default otherwise")
             sub.add_argument("--store", type=Path, default=STORE)
         if command != "report":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,28 +46,39 @@ class LimpidCodec:
         dtype = getattr(torch, transform_precision(self.device))
         self.codec = ShippedCodec.from_tensors(load_file(path), description, self.device, dtype)
 
-    def points(self, sample: Sample) -> Iterator[tuple[int, int, Photo]]:
-        """(rate point, bytes of the `.lmp` file, restored photo) for every rate point of the sample's condition."""
-        height, width = sample.degraded.shape[:2]
-        x = pad_to_stride(torch.from_numpy(sample.degraded.copy()).to(self.device).permute(2, 0, 1)[None].float() / 255)
+    def round_trip(self, photo: Photo, rates: Sequence[int]) -> Iterator[tuple[Bitstream, Photo]]:
+        """Compress and restore a photo at some rate points."""
+        height, width = photo.shape[:2]
+        x = pad_to_stride(torch.from_numpy(photo.copy()).to(self.device).permute(2, 0, 1)[None].float() / 255)
         size = latent_size(height, width)
-        for point in sample.condition.rates:
+        model_id = bytes.fromhex(self.entry["sha256"])[:8]
+        for point in rates:
             rate = torch.tensor([point - 1], device=self.device)
-            y, z_hat = self.codec.analyse(x, rate)
+            y, z_hat, found = self.codec.analyse(x, rate)
             coded = self.codec.write(self.codec.symbols_of(y, z_hat, rate)[0])
-            model_id = bytes.fromhex(self.entry["sha256"])[:8]
-            stream = Bitstream(model_id, point, width, height, (), coded.outliers, coded.payload)
             y_hat = self.codec.read([coded], rate, *size)
             x_hat = self.codec.synthesise(y_hat, rate)
-            photo = (x_hat[0, :, :height, :width] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-            yield point, len(stream.to_bytes()), photo
+            restored = (x_hat[0, :, :height, :width] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            yield Bitstream(model_id, point, width, height, found[0], coded.outliers, coded.payload), restored
+
+    def points(self, sample: Sample) -> Iterator[tuple[int, int, Photo]]:
+        """(rate point, bytes of the `.lmp` file, restored photo) for every rate point of the sample's condition."""
+        for stream, restored in self.round_trip(sample.degraded, sample.condition.rates):
+            yield stream.rate, len(stream.to_bytes()), restored
 
 
-def peer_points(format: str, sample: Sample) -> Iterator[tuple[int, int, Photo]]:
-    """(quality, bytes, decoded photo) of a peer on the degraded photo, its chroma at half resolution as by default."""
-    options = _OPTIONS[format]
+def peer_points(format: str, photo: Photo) -> Iterator[tuple[int, int, Photo]]:
+    """(quality, bytes, decoded photo) of a peer, its chroma at half resolution as by default."""
     for quality in PEERS[format]:
         buffer = io.BytesIO()
-        Image.fromarray(sample.degraded).save(buffer, format, quality=quality, **options)
+        Image.fromarray(photo).save(buffer, format, quality=quality, **_OPTIONS[format])
         with Image.open(buffer) as image:
             yield quality, len(buffer.getvalue()), np.asarray(image.convert("RGB"))
+
+
+def denoised(photo: Photo, strength: float) -> Photo:
+    """OpenCV's non-local means for colour photos, its windows as by default; strength is `h` for both."""
+    import cv2
+
+    out = cv2.fastNlMeansDenoisingColored(np.ascontiguousarray(photo), None, strength, strength, 7, 21)
+    return np.asarray(out, np.uint8)

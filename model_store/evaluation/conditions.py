@@ -11,17 +11,30 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from model_store.degradations import EVALUATION, Kind, degrade
+from model_store.degradations import EVALUATION, Kind, degrade, to_linear, to_srgb
 
 Photo = NDArray[np.uint8]
 
 SIGMAS = (15, 25, 50)
+
+SENSOR_LEVELS = (
+    (0.0068354, 0.05200081**2),
+    (0.01572141, 0.07886314**2),
+    (0.03615925, 0.11960187**2),
+    (0.08316627, 0.18138522**2),
+)
+"""Read deviation and shot variance per unit of light of the conditions `sensor-1` to `sensor-4`, in linear light: the
+noise of Cheng et al., "Optimizing Image Compression via Joint Learning with Denoising" (ECCV 2022)."""
+
 WEATHER = (Kind.RAIN, Kind.SNOW, Kind.HAZE, Kind.LOW_LIGHT)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A degradation and the rate points at which it is measured. `name` is `clean`, `noise-25`, `rain` and so on."""
+    """A degradation and the rate points at which it is measured. `name` is `clean`, `noise-25`, `rain` and so on.
+
+    `pairs` in place of that: the set itself holds degraded photos, `X_noisy.png` or `X_rain.png` beside `X_clean.png`.
+    """
 
     name: str
     rates: tuple[int, ...]
@@ -37,6 +50,7 @@ SETS: dict[str, tuple[Condition, ...]] = {
         Condition("noise-25", ALL_RATES),
         Condition("noise-50", ALL_RATES),
         *(Condition(kind.value, EVEN_RATES) for kind in WEATHER),
+        *(Condition(f"sensor-{level}", EVEN_RATES) for level in (1, 2, 3, 4)),
     ),
     "cbsd68": (
         Condition("clean", ALL_RATES),
@@ -44,6 +58,8 @@ SETS: dict[str, tuple[Condition, ...]] = {
         Condition("noise-25", ALL_RATES),
         Condition("noise-50", EVEN_RATES),
     ),
+    "rain": (Condition("pairs", ALL_RATES),),
+    "cc15": (Condition("pairs", ALL_RATES),),
 }
 
 
@@ -60,8 +76,8 @@ class Sample:
 def degraded_photo(clean: Photo, index: int, condition: str) -> Photo:
     """Degrade the photo at `index` of its sorted set.
 
-    Noise is numpy's, `default_rng(1234 + index)`, in 8-bit units; the rest is the project's generator with the ranges
-    of evaluation, seeded with 5678 + index.
+    Noise is numpy's, `default_rng(1234 + index)`, in 8-bit units, or in linear light for `sensor-1` to 4; the rest is
+    the project's generator with the ranges of evaluation, seeded with 5678 + index.
     """
     if condition == "clean":
         return clean
@@ -69,6 +85,11 @@ def degraded_photo(clean: Photo, index: int, condition: str) -> Photo:
         noise = np.random.default_rng(1234 + index).normal(0, int(condition[6:]), clean.shape)
         return np.clip(np.rint(clean + noise), 0, 255).astype(np.uint8)
     x = torch.from_numpy(clean.copy()).permute(2, 0, 1)[None].float() / 255
+    if condition.startswith("sensor-"):
+        light = to_linear(x[0]).permute(1, 2, 0).double().numpy()
+        read, shot = SENSOR_LEVELS[int(condition[7:]) - 1]
+        noisy = light + np.random.default_rng(1234 + index).normal(0, 1, light.shape) * np.sqrt(read**2 + shot * light)
+        return (to_srgb(torch.from_numpy(noisy)) * 255).round().to(torch.uint8).numpy()
     out = degrade(x, [(Kind(condition),)], torch.Generator().manual_seed(5678 + index), EVALUATION)
     return (out[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
@@ -79,14 +100,25 @@ def samples(root: Path, name: str, limit: int | None = None) -> Iterator[Sample]
     Raises:
         ValueError: the set is not below root.
     """
-    paths = sorted((root / name).glob("*.png"))[:limit]
+    pairs = [condition.name for condition in SETS[name]] == ["pairs"]
+    paths = sorted((root / name).glob("*_clean.png" if pairs else "*.png"))[:limit]
     if not paths:
         raise ValueError(f"expected PNG photos in {root / name}")
     for index, path in enumerate(paths):
-        with Image.open(path) as image:
-            clean = np.asarray(image.convert("RGB"))
+        clean = read_rgb(path)
         for condition in SETS[name]:
-            yield Sample(path.stem, condition, clean, degraded_photo(clean, index, condition.name))
+            if pairs:
+                stem = path.stem.removesuffix("_clean")
+                (other,) = set((root / name).glob(f"{stem}_*.png")) - {path}
+                yield Sample(stem, condition, clean, read_rgb(other))
+            else:
+                yield Sample(path.stem, condition, clean, degraded_photo(clean, index, condition.name))
+
+
+def read_rgb(path: Path) -> Photo:
+    """A file as (H, W, 3) uint8."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def psnr(a: Photo, b: Photo) -> float:

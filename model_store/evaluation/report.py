@@ -13,7 +13,14 @@ from scipy.interpolate import PchipInterpolator
 
 RESULTS = Path(__file__).parent / "results"
 
-COLOURS = {"LIMPID": "#0b6e99", "JPEG": "#9aa0a6", "WEBP": "#c58b2b", "AVIF": "#7a5195"}
+COLOURS = {
+    "LIMPID": "#0b6e99",
+    "JPEG": "#9aa0a6",
+    "WEBP": "#c58b2b",
+    "AVIF": "#7a5195",
+    "NLM+WEBP": "#e5c494",
+    "NLM+AVIF": "#bc9bd3",
+}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from model_store.training.report import REPORT_FILE, read_report
 from model_store.training.weights import keep_weights
 from service.codec.config import CONFIGS
 from service.codec.model import TrainableCodec
@@ -29,13 +30,16 @@ STATES = Path(__file__).parent / "states"
 def export(checkpoint: Path, name: str, store: Path, make_default: bool = True) -> dict[str, object]:
     """Write `<name>.safetensors` and its entry in `store.json`. Returns the entry.
 
+    A report head that `model_store.training.report` left beside the checkpoint becomes part of the model.
+
     Raises:
         ValueError: the store already has another model of that name.
     """
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = TrainableCodec(CONFIGS[state["size"]])
     model.load_state_dict(state["ema"])
-    tensors, description = ship(model)
+    report = checkpoint.with_name(REPORT_FILE)
+    tensors, description = ship(model, read_report(report, model.config) if report.exists() else None)
     data = save(tensors, {"limpid": description})
     entry: dict[str, object] = {
         "name": name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from model_store.degradations import TRAINING, Kind, degrade
+from model_store.degradations import TRAINING, Kind, degrade_measured
 from model_store.training.loss import balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool, toned
 from model_store.training.warm_start import warm_start
@@ -61,19 +61,23 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Batch:
-    """Degraded photos, their clean originals, both (B, 3, H, W), and the rate index of each, (B,)."""
+    """Degraded photos, their clean originals, both (B, 3, H, W), the rate index of each, (B,), and what was done."""
 
     degraded: Tensor
     clean: Tensor
     rate: Tensor
     kinds: list[tuple[Kind, ...]]
+    harm: list[dict[Kind, float]]
 
 
 class Batches:
     """Endless batches; all randomness comes from two generators whose state a checkpoint keeps."""
 
-    def __init__(self, pool: PhotoPool, size: int, crop: int, device: torch.device, seed: int) -> None:
-        self.pool, self.size, self.crop, self.device = pool, size, crop, device
+    def __init__(
+        self, pool: PhotoPool, size: int, crop: int, device: torch.device, seed: int,
+        shares: Mapping[Kind, float] = KIND_SHARES,
+    ) -> None:  # fmt: skip
+        self.pool, self.size, self.crop, self.device, self.shares = pool, size, crop, device, shares
         self.choices = torch.Generator().manual_seed(seed)
         self.damage = torch.Generator(device).manual_seed(seed + 1)
 
@@ -90,13 +94,14 @@ class Batches:
         return (*kinds, Kind.JPEG) if sent_as_jpeg and kinds != (Kind.CLEAN,) else kinds
 
     def _camera_kinds(self) -> tuple[Kind, ...]:
-        single = list(KIND_SHARES)
-        shares = torch.tensor([*KIND_SHARES.values(), 1 - sum(KIND_SHARES.values())])
+        single = list(self.shares)
+        shares = torch.tensor([*self.shares.values(), 1 - sum(self.shares.values())])
         choice = int(torch.multinomial(shares, 1, generator=self.choices))
         if choice < len(single):
             return (single[choice],)
-        pair = torch.multinomial(torch.ones(len(single) - 1), 2, generator=self.choices).tolist()
-        return tuple(single[1 + index] for index in pair)
+        damaged = [kind for kind in single if kind is not Kind.CLEAN]
+        pair = torch.multinomial(torch.ones(len(damaged)), 2, generator=self.choices).tolist()
+        return tuple(damaged[index] for index in pair)
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -107,7 +112,8 @@ class Batches:
             spread = (torch.arange(self.size) + start) / self.size
             rate = (spread * RATE_POINTS).long().clamp_max(RATE_POINTS - 1)
             rate = rate[torch.randperm(self.size, generator=self.choices)].to(self.device)
-            yield Batch(degrade(clean, kinds, self.damage, TRAINING), clean, rate, kinds)
+            degraded, harm = degrade_measured(clean, kinds, self.damage, TRAINING)
+            yield Batch(degraded, clean, rate, kinds, harm)
 
 
 class Ema:

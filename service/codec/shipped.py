@@ -1,6 +1,6 @@
 """A shipped model: float transforms, the integers of the exact prior, the CDF tables, and what runs on them.
 
-    analyse:     x -> y, z_hat                       device, any precision
+    analyse:     x -> y, z_hat, degradations         device, any precision
     symbols_of:  y, z_hat -> symbols and their rows  device, exact
     write:       symbols -> bytes                    CPU, one photo
     read:        bytes -> z_hat, then pass by pass   CPU and device, exact
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from service.codec.bitstream import Degradation
 from service.codec.config import RATE_POINTS, STRIDE, CodecConfig, Stage
 from service.codec.exact import IntegerLayer
 from service.codec.fast import speed_up
@@ -37,6 +38,7 @@ from service.codec.rans import (
     Symbols,
     concatenate,
 )
+from service.codec.report import ReportHead
 from service.codec.tables import SKIPPED_LEVEL, Z_LIMIT, CdfTables, gaussian_tables, logistic_tables
 from service.codec.transforms import Analysis, HyperAnalysis, Synthesis
 
@@ -93,6 +95,7 @@ class ShippedCodec:
         deviation: (N,) typical deviations, the normalisation that h_a expects.
         y_tables: a table per scale level. z_tables: a table per rate point and channel, rate-major.
         dtype: of the products in g_a and g_s.
+        report: tells what is wrong with a photo; None for a model that has no opinion.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class ShippedCodec:
         z_tables: CdfTables,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        report: ReportHead | None = None,
     ) -> None:
         self.config, self.device = config, device
         self.g_a, self.g_s, self.h_a = transforms
@@ -113,6 +117,7 @@ class ShippedCodec:
             part.eval().requires_grad_(False)
         speed_up(self.g_a, dtype)
         speed_up(self.g_s, dtype)
+        self.report = report.to(device).eval().requires_grad_(False) if report else None
         self.prior = prior.to(device)
         self.deviation = deviation.to(device)
         self.y_tables = GuardedTables(y_tables)
@@ -125,11 +130,22 @@ class ShippedCodec:
     # --- encoding ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def analyse(self, x: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, 3, H, W) in [0, 1], multiples of 16; rate: (B,) indexes. Returns y (B, N, h, w) float32 and z_hat."""
-        y = self.g_a(x.contiguous(memory_format=torch.channels_last), rate)
+    def analyse(self, x: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, list[tuple[Degradation, ...]]]:
+        """x: (B, 3, H, W) in [0, 1], multiples of 16; rate: (B,) indexes.
+
+        Returns y (B, N, h, w) float32, z_hat, and per photo what the report finds, nothing where the model has none.
+        """
+        summaries: list[Tensor] = []
+        report = self.report
+
+        def watch(level: int, features: Tensor) -> None:
+            if report:
+                summaries.append(report.summary(level, features))
+
+        y = self.g_a(x.contiguous(memory_format=torch.channels_last), rate, watch)
+        found: list[tuple[Degradation, ...]] = report.findings(summaries) if report else [()] * len(x)
         z = self.h_a(y / (self.g_a.gain(rate) * self.deviation[:, None, None]))
-        return y, z.float().round().clamp(-Z_LIMIT, Z_LIMIT)
+        return y, z.float().round().clamp(-Z_LIMIT, Z_LIMIT), found
 
     @torch.inference_mode()
     def symbols_of(self, y: Tensor, z_hat: Tensor, rate: Tensor) -> list[LatentSymbols]:
@@ -297,12 +313,16 @@ class ShippedCodec:
                 for name in "yz"
             )
             prior = ExactPrior(layers, mean, context)
-            return cls(config, parts, prior, tensors["deviation"], y_tables, z_tables, device, dtype)
+            report = None
+            if weights := _below(tensors, "report"):
+                report = ReportHead(config)
+                report.load_state_dict(weights)
+            return cls(config, parts, prior, tensors["deviation"], y_tables, z_tables, device, dtype, report)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"expected the tensors of a shipped codec: {error}") from error
 
 
-def ship(model: TrainableCodec) -> tuple[dict[str, Tensor], str]:
+def ship(model: TrainableCodec, report: ReportHead | None = None) -> tuple[dict[str, Tensor], str]:
     """Freeze a trained model: float16 transforms, integer prior and tables, and a JSON description of its shape."""
     with torch.no_grad():
         prior = model.prior.exact(model.latent_gains())
@@ -312,6 +332,8 @@ def ship(model: TrainableCodec) -> tuple[dict[str, Tensor], str]:
         for name in ("g_a", "g_s", "h_a")
         for key, value in getattr(model, name).state_dict().items()
     }
+    if report:
+        tensors |= {f"report.{key}": value.float() for key, value in report.state_dict().items()}
     tensors["deviation"] = model.prior.deviation.float()
     for name, layer in prior.layers.items():
         tensors[f"prior.{name}.weight"] = layer.weight.to(torch.int8)

@@ -5,6 +5,7 @@ These run in any precision on any device. What must be exact (z_hat to mu and sc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -95,8 +96,14 @@ class Analysis(nn.Module):
         )
         self.gain = RateGain(config.latents, *GAIN_ANCHORS)
 
-    def forward(self, x: Tensor, rate: Tensor) -> Tensor:
-        x = self.stacks[0](self.stem(x - 0.5), rate)
+    def forward(self, x: Tensor, rate: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """`watch` is shown the features (B, C, H/s, W/s) of the stem, as 0, and of the first stack, as 1."""
+        x = self.stem(x - 0.5)
+        if watch:
+            watch(0, x)
+        x = self.stacks[0](x, rate)
+        if watch:
+            watch(1, x)
         for down, stack in zip(self.downs, list(self.stacks)[1:]):
             x = stack(down(x), rate)
         return x.float() * self.gain(rate)

@@ -87,7 +87,7 @@ def peers(engine: Engine, photo: Photo) -> dict[str, dict[str, float]]:
         rate, padded = torch.tensor([3]), pad_to_stride(x)
 
         def compress() -> object:
-            return codec.write(codec.symbols_of(*codec.analyse(padded, rate), rate)[0])
+            return codec.write(codec.symbols_of(*codec.analyse(padded, rate)[:2], rate)[0])
 
         coded = compress()
         found["paper-s"] = {
@@ -132,7 +132,7 @@ def exact(engine: Engine, photo: Photo) -> dict[str, float]:
     (stream,) = engine.encode(job)
     with torch.inference_mode():
         x = pad_to_stride(as_tensor(photo))
-        y, _ = codec.analyse(x, rate)
+        y, *_ = codec.analyse(x, rate)
         forth = 1 - seconds(lambda: codec.analyse(x, rate), 15, 3) / seconds(lambda: engine.encode(job), 15, 3)
         back = 1 - seconds(lambda: codec.synthesise(y, rate), 15, 3) / seconds(lambda: engine.decode([stream]), 15, 3)
     times = StageTimes()

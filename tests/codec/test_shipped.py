@@ -23,7 +23,7 @@ def batch_of(photos: list[Photo]) -> torch.Tensor:
 
 
 def encode(codec: ShippedCodec, x: torch.Tensor, rate: torch.Tensor) -> list[LatentSymbols]:
-    y, z_hat = codec.analyse(x, rate)
+    y, z_hat, _ = codec.analyse(x, rate)
     return codec.symbols_of(y, z_hat, rate)
 
 

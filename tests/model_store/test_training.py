@@ -9,15 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
+from model_store.degradations import Kind
 from model_store.training import loop
 from model_store.training.export import export
 from model_store.training.loop import Schedule, train
 from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool
+from model_store.training.report import targets, train_report
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import keep_weights, read_weights
+from service.codec.bitstream import DegradationKind
 from service.codec.config import CONFIGS
 from service.codec.model import TrainableCodec
+from service.codec.report import KINDS
 from service.engine import EncodeJob, Engine, Photo
 from service.store import ModelStore
 from tests.codec.test_model import TINY
@@ -116,6 +120,29 @@ def test_an_exported_run_is_a_model_that_the_service_loads(
     assert back.shape == bikes.shape
     with pytest.raises(ValueError, match="does not have yet"):
         export(checkpoint, "tiny-1", store)
+
+
+def test_a_report_trained_beside_a_checkpoint_ships_with_it(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo
+) -> None:
+    checkpoint = run(photos, tmp_path / "run", 2, monkeypatch)
+    monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    train_report(checkpoint, photos, minutes=0.02, batch=2, crop=64)
+    store = tmp_path / "store"
+    store.mkdir()
+    export(checkpoint, "tiny-1", store)
+    (stream,) = Engine(ModelStore(store), "cpu").encode([EncodeJob(bikes, 4)])
+    assert stream.degradations
+    assert all(0 <= found.strength <= 1 for found in stream.degradations)
+
+
+def test_a_report_is_asked_for_what_is_plain_to_see() -> None:
+    present, strength, counts = targets([{Kind.NOISE: 1e-2, Kind.JPEG: 1e-4}, {Kind.SENSOR_NOISE: 1e-3}, {}])
+    noise, jpeg = KINDS.index(DegradationKind.NOISE), KINDS.index(DegradationKind.JPEG)
+    assert present[:, noise].tolist() == [1, 1, 0]
+    assert strength[0, noise] == pytest.approx(20 / 30)
+    assert counts[0, jpeg] == 0  # at 40 dB either answer is right
+    assert counts[2].all()
 
 
 def test_kept_weights_start_a_run_where_the_old_one_ended(

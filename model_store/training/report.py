@@ -1,0 +1,123 @@
+"""`python -m model_store.training.report`: train the degradation report of a run's checkpoint.
+
+The encoder is frozen and runs as it will in the service; only the head learns, from the same batches as the codec.
+The result lies beside the checkpoint, where `model_store.training.export` takes it up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from model_store.degradations import Kind
+from model_store.training.loop import Batch, Batches
+from model_store.training.photos import PhotoPool
+from model_store.training.weights import read_weights
+from service.codec.bitstream import DegradationKind
+from service.codec.config import CONFIGS, CodecConfig
+from service.codec.device import pick_device, transform_precision
+from service.codec.fast import speed_up
+from service.codec.model import TrainableCodec
+from service.codec.report import KINDS, ReportHead
+from service.codec.transforms import Analysis
+
+REPORT_FILE = "report.safetensors"
+
+REPORTED_AS = {
+    Kind.NOISE: DegradationKind.NOISE,
+    Kind.SENSOR_NOISE: DegradationKind.NOISE,
+    Kind.RAIN: DegradationKind.RAIN,
+    Kind.SNOW: DegradationKind.SNOW,
+    Kind.HAZE: DegradationKind.HAZE,
+    Kind.LOW_LIGHT: DegradationKind.LOW_LIGHT,
+    Kind.BLUR: DegradationKind.BLUR,
+    Kind.JPEG: DegradationKind.JPEG,
+}
+
+REPORT_SHARES = {Kind.CLEAN: 0.2, **dict.fromkeys(REPORTED_AS, 0.085)}
+"""How often each kind is drawn alone, more evenly than for the codec: what is rare would hardly ever be named."""
+
+_ABSENT, _PRESENT = 42.0, 38.0  # dB that a flaw alone leaves; between them either answer is right
+
+
+def read_report(path: Path, config: CodecConfig) -> ReportHead:
+    """The head that a training left in `path`."""
+    head = ReportHead(config)
+    head.load_state_dict(load_file(path))
+    return head
+
+
+def targets(harm: list[dict[Kind, float]]) -> tuple[Tensor, Tensor, Tensor]:
+    """From the MSE that every kind did: presence, strength and whether presence counts, each (B, 7)."""
+    mse = torch.zeros(len(harm), len(KINDS))
+    for row, kinds in enumerate(harm):
+        for kind, value in kinds.items():
+            mse[row, KINDS.index(REPORTED_AS[kind])] += value
+    psnr = -10 * mse.clamp_min(1e-9).log10()
+    present, counts = psnr < _PRESENT, (psnr < _PRESENT) | (psnr > _ABSENT)
+    return present.float(), ((40 - psnr) / 30).clamp(0, 1), counts.float()
+
+
+def _seen(g_a: Analysis, batch: Batch) -> list[Tensor]:
+    """The feature maps that the head watches."""
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        g_a(batch.degraded.contiguous(memory_format=torch.channels_last), batch.rate, lambda _, x: seen.append(x))
+    return seen
+
+
+def train_report(checkpoint: Path, photos: Path, minutes: float, batch: int = 16, crop: int = 224) -> Path:
+    """Train a head for the EMA weights of a checkpoint. Returns the path of the head's file."""
+    device = pick_device("auto")
+    size = torch.load(checkpoint, map_location="cpu", weights_only=True)["size"]
+    model = TrainableCodec(CONFIGS[size])
+    model.load_state_dict(read_weights(checkpoint))
+    g_a = model.g_a.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    speed_up(g_a, getattr(torch, transform_precision(device)))
+    batches: Iterator[Batch] = iter(Batches(PhotoPool(photos, crop, device), batch, crop, device, 7, REPORT_SHARES))
+    torch.manual_seed(7)
+    head = ReportHead(model.config).to(device)
+    first = next(batches)
+    clean = Batch(first.clean, first.clean, first.rate, [], [])
+    head.deviation.copy_(torch.stack([x.std((0, 2, 3)) for x in _seen(g_a, clean)]).clamp_min(1e-4))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.01)
+    bar = tqdm(total=round(60 * minutes), unit="s", mininterval=5)
+    start, step, mean = time.monotonic(), 0, 0.0
+    while (seconds := time.monotonic() - start) < 60 * minutes:
+        optimizer.param_groups[0]["lr"] = 3e-3 * max(0.02, min((step + 1) / 50, 1 - seconds / (60 * minutes)))
+        data = next(batches)
+        odds, strength = head([head.summary(level, x) for level, x in enumerate(_seen(g_a, data))])
+        present, wanted, counts = (one.to(device) for one in targets(data.harm))
+        loss = (F.binary_cross_entropy_with_logits(odds, present, reduction="none") * counts).mean()
+        loss = loss + ((strength - wanted).square() * present).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        step, mean = step + 1, float(loss.detach()) if not step else 0.98 * mean + 0.02 * float(loss.detach())
+        bar.update(round(seconds) - bar.n)
+        bar.set_description(f"step {step}  loss {mean:.4f}", refresh=False)
+    bar.close()
+    path = checkpoint.with_name(REPORT_FILE)
+    save_file({name: value.cpu().contiguous() for name, value in head.state_dict().items()}, path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m model_store.training.report", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run")
+    parser.add_argument("--photos", type=Path, required=True, help="folder of photographs, searched recursively")
+    parser.add_argument("--minutes", type=float, default=10)
+    args = parser.parse_args()
+    print(train_report(args.checkpoint, args.photos, args.minutes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The degradation report: a small head on the features of g_a that tells what is wrong with a photo, and how badly.
+
+    stem features -> deviations over the photo; 1x1, GELU -> means, deviations -+
+    first stack's -> deviations over the photo; 1x1, GELU -> means, deviations -+-> two layers -> kinds, strengths
+
+It changes no pixel and no latent: what it says goes into the bitstream's header and to whoever watches the cameras.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from service.codec.bitstream import Degradation, DegradationKind
+from service.codec.config import CodecConfig
+
+KINDS = tuple(kind for kind in DegradationKind if kind is not DegradationKind.CLEAN)
+"""What the head can find, in the order of its outputs."""
+
+_WIDTH, _HIDDEN = 64, 128
+_STRIP_POSITIONS = 2**14
+
+
+class ReportHead(nn.Module):
+    """Watches a pass of g_a, then tells.
+
+    Attributes:
+        deviation: (2, C), the typical deviation of both feature maps on clean photos; training sets it.
+    """
+
+    deviation: Tensor
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        dim = config.stages[0].dim
+        self.register_buffer("deviation", torch.ones(2, dim))
+        self.look = nn.ModuleList(nn.Linear(dim, _WIDTH) for _ in range(2))
+        self.tell = nn.Sequential(
+            nn.Linear(2 * (2 * _WIDTH + dim), _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, 2 * len(KINDS))
+        )
+
+    def summary(self, level: int, features: Tensor) -> Tensor:
+        """features: (B, C, H, W), of the stem (level 0) or the first stack (1). Returns (B, 128 + C), whatever H and W.
+
+        Deviations over the photo are given as their logarithm: a blur shows in what is missing.
+        """
+        b, c, h, w = features.shape
+        total, squares = (features.new_zeros(b, c + _WIDTH, dtype=torch.float32) for _ in range(2))
+        for part in torch.split(features.permute(0, 2, 3, 1), max(1, _STRIP_POSITIONS // w), 1):
+            x = torch.asinh(part.float() / self.deviation[level])
+            x = torch.cat([x, F.gelu(self.look[level](x))], -1)
+            total, squares = total + x.sum((1, 2)), squares + x.square().sum((1, 2))
+        mean, square = total / (h * w), squares / (h * w)
+        return torch.cat([mean[:, c:], 0.5 * (square - mean.square()).clamp_min(1e-6).log()], 1)
+
+    def forward(self, summaries: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Both summaries. Returns log odds of presence and strengths, both (B, 7) in the order of `KINDS`."""
+        odds, strength = self.tell(torch.cat(summaries, 1)).chunk(2, 1)
+        return odds, strength
+
+    def findings(self, summaries: list[Tensor]) -> list[tuple[Degradation, ...]]:
+        """Per photo what is more likely there than not, strongest first.
+
+        A photo on which nothing is found is `clean`, with the probability of the likeliest flaw short of 1 as strength.
+        """
+        odds, strength = self(summaries)
+        return [
+            _findings(chances, strengths)
+            for chances, strengths in zip(odds.sigmoid().tolist(), strength.clamp(1 / 255, 1).tolist())
+        ]
+
+
+def _findings(chances: list[float], strengths: list[float]) -> tuple[Degradation, ...]:
+    found = [Degradation(kind, s) for kind, p, s in zip(KINDS, chances, strengths) if p > 0.5]
+    found.sort(key=lambda one: -one.strength)
+    return tuple(found) or (Degradation(DegradationKind.CLEAN, 1 - max(chances)),)
