@@ -7,6 +7,7 @@ report   table and plots from these; the model's means go into store.json for /v
 naming   does the model's report name what the generator did?    -> results/NAME-naming.json
 generations   compress the result again, ten times, at rate 6    -> results/NAME-generations.json
 sheets   photos without ground truth, before and after           -> results/NAME-FOLDER.jpg
+features maps of the encoder's attentions, and an embedding      -> results/NAME-maps.png, NAME-embedding.png
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
 from model_store.evaluation.conditions import SETS, psnr, samples
+from model_store.evaluation.features import Watched, draw_embedding, draw_maps
 from model_store.evaluation.report import RESULTS, Record, curves, plot, read_records, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
 from model_store.training.photos import photo_paths
@@ -124,6 +126,13 @@ def _sheets(args: argparse.Namespace) -> None:
         print(path.name)
 
 
+def _features(args: argparse.Namespace) -> None:
+    watched, photos = Watched(args.store, args.name), sorted((args.photos / "kodak").glob("*.png"))[: args.limit]
+    draw_maps(watched, args.photo or photos[len(photos) // 2], args.results / f"{watched.name}-maps.png")
+    share = draw_embedding(watched, photos, args.results / f"{watched.name}-embedding.png")
+    print(f"{share:.1%} of the photos lie nearest to the centre of their own kind")
+
+
 def _report(args: argparse.Namespace) -> None:
     path = args.store / "store.json"
     index = json.loads(path.read_text())
@@ -153,6 +162,7 @@ COMMANDS = {
     "naming": _naming,
     "generations": _generations,
     "sheets": _sheets,
+    "features": _features,
 }
 
 
@@ -169,6 +179,8 @@ def main() -> None:
         if command != "report":
             sub.add_argument("--photos", type=Path, required=True, help="folder that holds the sets as subfolders")
             sub.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
+            if command == "features":
+                sub.add_argument("--photo", type=Path, help="the photo of the maps")
             sub.add_argument("--limit", type=int, help="only the first photos of each set")
     args = parser.parse_args()
     args.run(args)

@@ -1,0 +1,142 @@
+"""What the encoder sees: maps of its two attentions on one photo, and where photos with each flaw lie among each other.
+
+After figures of the paper (arXiv 2502.03649): S-DA should light up where the degradation is, C-GA where the scene is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model_store.degradations import EVALUATION, Kind, degrade
+from model_store.evaluation.conditions import read_rgb
+from service.codec.blocks import HATB
+from service.codec.config import CodecConfig, Stage
+from service.codec.shipped import pad_to_stride
+from service.codec.transforms import Analysis, BlockStack
+
+KINDS = (Kind.CLEAN, Kind.NOISE, Kind.RAIN, Kind.SNOW, Kind.HAZE, Kind.LOW_LIGHT, Kind.BLUR, Kind.JPEG)
+_RATE = 4
+_SIDE = 256  # pixels of the crops in the embedding
+_SEED = 3456
+
+
+class Watched:
+    """g_a of a model of the store as it was trained, with the outputs of both attentions of its first stack."""
+
+    def __init__(self, store: Path, name: str | None) -> None:
+        index = json.loads((store / "store.json").read_text())
+        self.name = name or index["default"]
+        (entry,) = [entry for entry in index["models"] if entry["name"] == self.name]
+        with safe_open(store / entry["file"], framework="pt") as opened:
+            config = json.loads(opened.metadata()["limpid"])["config"]
+        config = CodecConfig(**{**config, "stages": tuple(Stage(**stage) for stage in config["stages"])})
+        self.g_a = Analysis(config).eval().requires_grad_(False)
+        weights = load_file(store / entry["file"])
+        self.g_a.load_state_dict({key[4:]: value.float() for key, value in weights.items() if key.startswith("g_a.")})
+        self.outputs: dict[str, Tensor] = {}
+        stack = self.g_a.stacks[0]
+        assert isinstance(stack, BlockStack)
+        for index, block in enumerate(stack.blocks, 1):
+            assert isinstance(block, HATB)
+            for label, module in (("C-GA", block.content), ("S-DA", block.degradation)):
+                module.register_forward_hook(self._keep(f"{label} {index}"))
+
+    def _keep(self, label: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            self.outputs[label] = output.float()
+
+        return hook
+
+    def see(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, 3, H, W) in [0, 1]. Returns per block `C-GA n` and `S-DA n`, each (B, C, H/s, W/s)."""
+        self.outputs.clear()
+        self.g_a(pad_to_stride(x), torch.full((len(x),), _RATE - 1))
+        return dict(self.outputs)
+
+
+def _photo(path: Path) -> Tensor:
+    return torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def draw_maps(watched: Watched, photo: Path, target: Path, kinds: Sequence[Kind] = KINDS[:6]) -> None:
+    """A row per kind: the photo, then the strength of each block's attentions, the root mean square over channels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    x, rows = _photo(photo), []
+    for kind in kinds:
+        degraded = degrade(x, [(kind,)], torch.Generator().manual_seed(_SEED), EVALUATION)
+        maps = {name: one.square().mean(1).sqrt()[0].numpy() for name, one in watched.see(degraded).items()}
+        rows.append((kind, degraded[0].permute(1, 2, 0).numpy(), dict(sorted(maps.items()))))
+    columns = 1 + len(rows[0][2])
+    figure, axes = pyplot.subplots(len(rows), columns, figsize=(2.6 * columns, 1.9 * len(rows)), squeeze=False)
+    for line, (kind, picture, maps) in zip(axes, rows):
+        line[0].imshow(picture)
+        line[0].set_title(kind.value, fontsize=8)
+        for axis, (name, values) in zip(line[1:], maps.items()):
+            axis.imshow(values, cmap="magma", vmin=0, vmax=float(np.quantile(values, 0.995)))
+            axis.set_title(name, fontsize=8)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(target, dpi=80)
+    pyplot.close(figure)
+
+
+def draw_embedding(watched: Watched, photos: Sequence[Path], target: Path) -> float:
+    """The mean and deviation of every S-DA channel, per photo and kind, on the plane that parts the kinds best.
+
+    The plane is that of linear discriminant analysis (Fisher) after a PCA to 20 dimensions.
+
+    Returns:
+        The share of photos that lie nearest to the centre of their own kind, in the 20 dimensions, leaving each photo
+        out of the centres that it is compared with.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows: list[Tensor] = []
+    labels: list[int] = []
+    for index, path in enumerate(photos):
+        x = _photo(path)[:, :, :_SIDE, :_SIDE].expand(len(KINDS), -1, -1, -1)
+        kinds = [(kind,) for kind in KINDS]
+        degraded = degrade(x, kinds, torch.Generator().manual_seed(_SEED + index), EVALUATION)
+        seen = [one for name, one in watched.see(degraded).items() if name.startswith("S-DA")]
+        rows.append(torch.cat([part for one in seen for part in (one.mean((2, 3)), one.std((2, 3)).log())], 1))
+        labels += range(len(KINDS))
+    features, kind_of = torch.cat(rows).double(), torch.tensor(labels)
+    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
+    features = features @ torch.linalg.svd(features, full_matrices=False).Vh[:20].T
+    centres = torch.stack([features[kind_of == kind].mean(0) for kind in range(len(KINDS))])
+    spread = features - centres[kind_of]
+    within = spread.T @ spread / len(features) + 1e-3 * torch.eye(features.shape[1], dtype=torch.float64)
+    whitened = torch.linalg.cholesky(torch.linalg.inv(within))
+    axes = torch.linalg.svd((centres - centres.mean(0)) @ whitened, full_matrices=False).Vh[:2].T
+    points = (features @ whitened @ axes).numpy()
+    own, white = len(photos), features @ whitened
+    centre = centres @ whitened
+    distance = torch.cdist(white, centre)
+    left_out = white - (own * centre[kind_of] - white) / (own - 1)
+    distance[torch.arange(len(white)), kind_of] = left_out.norm(dim=1)
+    figure, axis = pyplot.subplots(figsize=(6.4, 5.2))
+    for number, kind in enumerate(KINDS):
+        chosen = (kind_of == number).numpy()
+        axis.scatter(points[chosen, 0], points[chosen, 1], s=14, label=kind.value, alpha=0.8)
+    axis.set(title=f"{watched.name}: S-DA features of {len(photos)} photos with each flaw", xticks=[], yticks=[])
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=80)
+    pyplot.close(figure)
+    return float((distance.argmin(1) == kind_of).double().mean())
