@@ -28,6 +28,9 @@ from service.files import write_whole
 log = logging.getLogger("gateway")
 
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif"})
+LARGEST_FRAME = 2**26
+"""Bytes; a camera that sends more without a boundary is asked anew."""
+
 PATIENCE = Policy(deadline=30, attempts=1000)
 """Of one call; the gateway then takes the frame up again."""
 
@@ -63,11 +66,17 @@ def boundary(content_type: str) -> bytes:
 
 
 async def parts(chunks: AsyncIterator[bytes], between: bytes) -> AsyncIterator[bytes]:
-    """The contents of the parts of a multipart body; a part that no boundary follows was cut and is dropped."""
+    """The contents of the parts of a multipart body; a part that no boundary follows was cut and is dropped.
+
+    Raises:
+        httpx.RemoteProtocolError: a part goes on without end.
+    """
     held = b""
     async for chunk in chunks:
         held += chunk
         *whole, held = held.split(between)
+        if len(held) > LARGEST_FRAME:
+            raise httpx.RemoteProtocolError(f"no boundary {between!r} within {LARGEST_FRAME} bytes")
         for part in whole:
             content = part.partition(b"\r\n\r\n")[2]
             if content:
@@ -89,7 +98,7 @@ class Gateway:
         self._seen: dict[str, tuple[int, int]] = {}
 
     async def run(self, stop: asyncio.Event, poll: float = 0.25) -> None:
-        """Work until `stop`; what is under way then is finished, and what is not begun stays for the next time."""
+        """Work until `stop`; what is under way then is given up, and its frame stays for the next time."""
         while not stop.is_set():
             for path in self.waiting():
                 await self._room.acquire()
@@ -113,7 +122,10 @@ class Gateway:
                 continue
             if self._result(path).exists() or (self.refused / path.name).exists():
                 continue
-            state = path.stat()
+            try:
+                state = path.stat()
+            except FileNotFoundError:  # somebody took it away
+                continue
             seen[path.name] = state.st_size, state.st_mtime_ns
             if self._seen.get(path.name) == seen[path.name]:
                 found.append(path)
@@ -156,7 +168,10 @@ async def _film(url: str, every: float, frames: Path, max_waiting: int) -> None:
         if len(os.listdir(frames)) >= max_waiting:
             log.error("%d frames wait, a new one is dropped", max_waiting)
             continue
-        await asyncio.to_thread(write_whole, frames / f"{time.time_ns()}.jpg", frame)
+        try:
+            await asyncio.to_thread(write_whole, frames / f"{time.time_ns()}.jpg", frame)
+        except OSError as error:
+            log.error("a frame cannot be kept: %s", error)
 
 
 async def _main(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -134,3 +135,17 @@ def test_a_stream_is_cut_into_its_parts_however_it_arrives(size: int) -> None:
         return [part async for part in parts(chunks(), boundary('multipart/x-mixed-replace; boundary="--x y"'))]
 
     assert asyncio.run(all_parts()) == [b"one", b"two\r\n"]
+
+
+def test_a_part_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.gateway.LARGEST_FRAME", 1000)
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * 100
+
+    async def all_parts() -> list[bytes]:
+        return [part async for part in parts(endless(), b"--frame")]
+
+    with pytest.raises(httpx.RemoteProtocolError, match="no boundary"):
+        asyncio.run(all_parts())
