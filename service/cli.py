@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp")
 ERRORS = (ValueError, OSError, MemoryError, LimpidError)
 LOCAL_AT_ONCE, REMOTE_AT_ONCE = 2, 8
+PATIENCE = 1.0
+"""Seconds for which a single photo may work without a sign."""
 
 
 def _serve(args: argparse.Namespace, _: Settings) -> int:
@@ -44,8 +46,21 @@ def _codec(args: argparse.Namespace, settings: Settings) -> Client | Local:
     return Local(settings)
 
 
-def _run(pairs: Sequence[Pair], work: Callable[[bytes, Path], tuple[bytes, str]], args: argparse.Namespace) -> int:
-    """Do `work` for each pair, a few at a time; name every file that fails and go on. Returns the exit status."""
+def _run(
+    pairs: Sequence[Pair],
+    work: Callable[[bytes, Path], tuple[bytes, str]],
+    args: argparse.Namespace,
+    codec: Client | Local,
+) -> int:
+    """Do `work` for each pair, a few at a time; name every file that fails and go on. Returns the exit status.
+
+    On a terminal a bar shows the files that are done, or of a single one that takes long here, how far it is.
+    """
+    alone = codec if len(pairs) == 1 and not isinstance(codec, Client) else None
+    unit, delay = ("step", PATIENCE) if alone else ("file", 0)
+    bar = tqdm(total=len(pairs), unit=unit, delay=delay, disable=None, leave=False)
+    if alone:
+        alone.watch(lambda done, total: _show(bar, done, total))
 
     def one(pair: Pair) -> str:
         if pair.target and pair.target.exists() and not args.force:
@@ -64,18 +79,26 @@ def _run(pairs: Sequence[Pair], work: Callable[[bytes, Path], tuple[bytes, str]]
     pool = ThreadPoolExecutor(REMOTE_AT_ONCE if args.url else LOCAL_AT_ONCE)
     try:
         jobs = [pool.submit(one, pair) for pair in pairs]
-        for pair, job in tqdm(zip(pairs, jobs), total=len(pairs), unit="file", disable=None, leave=False):
+        for pair, job in zip(pairs, jobs):
             try:
                 if said := job.result():
                     tqdm.write(said)
             except ERRORS as error:
                 failed += 1
                 tqdm.write(f"limpid: {pair.source or 'standard input'}: {_words(error)}", file=sys.stderr)
+            if not alone:
+                bar.update()
     finally:
+        bar.close()
         pool.shutdown(cancel_futures=True)
     if len(pairs) > 1:
         print(f"{len(pairs) - failed} of {len(pairs)} files done, {failed} failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _show(bar: tqdm, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
 
 
 def _words(error: BaseException) -> str:
@@ -94,7 +117,7 @@ def _compress(args: argparse.Namespace, settings: Settings) -> int:
             )
             return done.bitstream, f"{done.bpp:.3f} bits per pixel at rate point {done.rate}"
 
-        return _run(pairs, work, args)
+        return _run(pairs, work, args, codec)
 
 
 def _decompress(args: argparse.Namespace, settings: Settings) -> int:
@@ -113,7 +136,7 @@ def _decompress(args: argparse.Namespace, settings: Settings) -> int:
             done = codec.decompress(data, media_type=output.media_type, quality=args.quality)
             return done.image, f"restored from {len(data)} bytes by {done.model}"
 
-        return _run(pairs, work, args)
+        return _run(pairs, work, args, codec)
 
 
 def _info(args: argparse.Namespace, settings: Settings) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from service.budget import DEFAULT_RATE, best_rate, budget_bytes, rates_to_try
 from service.client import Compressed, Restored
 from service.codec.bitstream import Bitstream
-from service.engine import EncodeJob, Engine, StageTimes
+from service.engine import EncodeJob, Engine, Model, StageTimes
 from service.imaging import OutputFormat, TooManyPixels, read_photo, write_photo
 from service.settings import Settings
 from service.store import ModelStore
@@ -23,6 +24,19 @@ class Local:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._engine = Engine(ModelStore(settings.store), settings.device, settings.precision)
+        self._tell: Callable[[int, int], None] = lambda done, total: None
+        self._done = self._total = 0
+
+    def watch(self, tell: Callable[[int, int], None]) -> None:
+        """Have `tell(done, total)` called as the work proceeds, in steps of the transforms; a budget adds to total."""
+        self._tell = tell
+
+    def _expect(self, model: Model, photos: int) -> None:
+        self._total += photos * model.codec.watch(self._step)
+
+    def _step(self) -> None:
+        self._done += 1
+        self._tell(self._done, self._total)
 
     def close(self) -> None:
         self._engine.close()
@@ -49,8 +63,9 @@ class Local:
         tried: dict[int, Bitstream] = {}
         wanted = [rate or DEFAULT_RATE] if budget is None else rates_to_try({}, budget)
         while wanted:
-            streams = self._engine.encode([EncodeJob(pixels, one, model) for one in wanted], times)
-            tried.update(zip(wanted, streams))
+            self._expect(self._engine.model(model), len(wanted))
+            for one in wanted:
+                (tried[one],) = self._engine.encode([EncodeJob(pixels, one, model)], times)
             wanted = [] if budget is None else rates_to_try(_sizes(tried), budget)
         chosen = next(iter(tried)) if budget is None else best_rate(_sizes(tried), budget)
         data = tried[chosen].to_bytes()
@@ -67,6 +82,7 @@ class Local:
         if stream.pixels > self._settings.max_pixels:
             limit = self._settings.max_pixels
             raise TooManyPixels(f"expected at most {limit} pixels, got {stream.width}x{stream.height}")
+        self._expect(self._engine.model_of(stream), 1)
         (photo,) = self._engine.decode([stream], times)
         output = next(one for one in OutputFormat if one.media_type == media_type)
         return Restored(write_photo(photo, output, quality), media_type, **self._common(stream, times))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from service.cli import main
 from service.engine import Photo
 from service.imaging import read_photo
+from service.local import Local
+from service.settings import Settings
 from tests.conftest import copied_store, image_bytes, noisy, other_store, psnr
 from tests.served import served
 
@@ -74,6 +77,18 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path, bikes: Photo, caps
     assert main(["compress", str(tmp_path / "in.png"), "--force"]) == 0
     assert (tmp_path / "in.lmp").read_bytes()[:4] == b"\x89LMP"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.lmp", "in.png"]
+
+
+def test_progress_within_one_photo_ends_at_its_total(bikes: Photo) -> None:
+    data, seen = image_bytes(bikes), []
+    with closing(Local(Settings())) as codec:
+        codec.watch(lambda done, total: seen.append((done, total)))
+        stream = codec.compress(data).bitstream
+        assert seen[-1][0] == seen[-1][1] == len(seen) > 10
+        codec.decompress(stream)
+        assert seen[-1][0] == seen[-1][1] == len(seen)
+        codec.compress(data, max_bytes=4000)
+        assert seen[-1][0] == seen[-1][1]
 
 
 def test_pipes(parrots: Photo) -> None:

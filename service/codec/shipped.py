@@ -25,7 +25,7 @@ from torch import Tensor
 from service.codec.bitstream import Degradation
 from service.codec.config import RATE_POINTS, STRIDE, CodecConfig, Stage
 from service.codec.exact import IntegerLayer
-from service.codec.fast import speed_up
+from service.codec.fast import FastStack, speed_up
 from service.codec.model import TrainableCodec
 from service.codec.prior import MEAN_FRACTION, ExactPrior, PriorOutput, Rescale, half_mask
 from service.codec.rans import (
@@ -126,6 +126,13 @@ class ShippedCodec:
             GuardedTables(CdfTables(z_tables.cdf[rows], z_tables.size[rows], z_tables.offset[rows]))
             for rows in (slice(rate * hyper, (rate + 1) * hyper) for rate in range(RATE_POINTS))
         ]
+
+    def watch(self, tell: Callable[[], None]) -> int:
+        """Have `tell` called as the transforms proceed. Returns how often that is for one photo, either way."""
+        stacks = [stack for part in (self.g_a, self.g_s) for stack in part.stacks if isinstance(stack, FastStack)]
+        for stack in stacks:
+            stack.tell = tell
+        return sum(stack.steps for stack in stacks) // 2  # g_s mirrors g_a
 
     # --- encoding ---------------------------------------------------------------------------------------------------
 
