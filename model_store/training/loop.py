@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -148,8 +148,14 @@ def train(
     device: str | None = None,
     compile_blocks: bool = True,
     start_from: Path | None = None,
+    warm: bool = True,
+    prepare: Callable[[TrainableCodec], None] | None = None,
 ) -> Path:
     """Train or resume until the schedule's time is used up. Returns the path of the last checkpoint.
+
+    Args:
+        start_from: weights to start from; else the start is warm, or with `warm` off random.
+        prepare: is shown the model before its first step.
 
     Raises:
         ValueError: no usable photos, or a crop that is no multiple of 16.
@@ -166,8 +172,10 @@ def train(
     if not path.exists():
         if start_from:
             model.load_state_dict(read_weights(start_from))
-        else:
+        elif warm:
             warm_start(model, pool)
+    if prepare:
+        prepare(model)
     optimizer = torch.optim.AdamW(_groups(model, schedule), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     batches, ema = Batches(pool, batch, crop, where, seed), Ema(model)
     step, seconds = 0, 0.0

@@ -172,10 +172,12 @@ class PriorNet(nn.Module):
     """The float parameters of the prior.
 
     `deviation` (N,) is the typical deviation of each latent before its gain; the integers that normalise y_hat and
-    denormalise the mean follow it and the latent gains of g_a.
+    denormalise the mean follow it and the latent gains of g_a. With a `context_limit` of 0, pass 1 sees nothing of
+    pass 0.
     """
 
     deviation: Tensor
+    context_limit = LIMIT
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -227,5 +229,5 @@ class PriorNet(nn.Module):
         return ExactPrior(
             {name: self.layer(name).integers(positions) for name in self.layers},
             Rescale.nearest(unit * 2.0 ** (MEAN_FRACTION - _NORMAL_MEAN_FRACTION), _MEAN_MANTISSA, MEAN_LIMIT),
-            Rescale.nearest(2.0 ** (FRACTION - MEAN_FRACTION) / unit, _CONTEXT_MANTISSA, LIMIT),
+            Rescale.nearest(2.0 ** (FRACTION - MEAN_FRACTION) / unit, _CONTEXT_MANTISSA, self.context_limit),
         )
