@@ -74,20 +74,25 @@ def _seen(g_a: Analysis, batch: Batch) -> list[Tensor]:
     return seen
 
 
-def train_report(checkpoint: Path, photos: Path, minutes: float, batch: int = 16, crop: int = 224) -> Path:
-    """Train a head for the EMA weights of a checkpoint. Returns the path of the head's file."""
+def train_report(
+    checkpoint: Path, photos: Path, minutes: float, seed: int = 7, batch: int = 16, crop: int = 224
+) -> Path:
+    """Train a head for the EMA weights of a checkpoint, or go on with the one beside it. Returns the head's path."""
     device = pick_device("auto")
     size = torch.load(checkpoint, map_location="cpu", weights_only=True)["size"]
     model = TrainableCodec(CONFIGS[size])
     model.load_state_dict(read_weights(checkpoint))
     g_a = model.g_a.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     speed_up(g_a, getattr(torch, transform_precision(device)))
-    batches: Iterator[Batch] = iter(Batches(PhotoPool(photos, crop, device), batch, crop, device, 7, REPORT_SHARES))
-    torch.manual_seed(7)
-    head = ReportHead(model.config).to(device)
-    first = next(batches)
-    clean = Batch(first.clean, first.clean, first.rate, [], [])
-    head.deviation.copy_(torch.stack([x.std((0, 2, 3)) for x in _seen(g_a, clean)]).clamp_min(1e-4))
+    batches: Iterator[Batch] = iter(Batches(PhotoPool(photos, crop, device), batch, crop, device, seed, REPORT_SHARES))
+    torch.manual_seed(seed)
+    path, first = checkpoint.with_name(REPORT_FILE), next(batches)
+    if path.exists():
+        head = read_report(path, model.config).to(device)
+    else:
+        head = ReportHead(model.config).to(device)
+        clean = Batch(first.clean, first.clean, first.rate, [], [])
+        head.deviation.copy_(torch.stack([x.std((0, 2, 3)) for x in _seen(g_a, clean)]).clamp_min(1e-4))
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.01)
     bar = tqdm(total=round(60 * minutes), unit="s", mininterval=5)
     start, step, mean = time.monotonic(), 0, 0.0
@@ -105,7 +110,6 @@ def train_report(checkpoint: Path, photos: Path, minutes: float, batch: int = 16
         bar.update(round(seconds) - bar.n)
         bar.set_description(f"step {step}  loss {mean:.4f}", refresh=False)
     bar.close()
-    path = checkpoint.with_name(REPORT_FILE)
     save_file({name: value.cpu().contiguous() for name, value in head.state_dict().items()}, path)
     return path
 
@@ -115,8 +119,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run")
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs, searched recursively")
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=7, help="another one for going on with a head")
     args = parser.parse_args()
-    print(train_report(args.checkpoint, args.photos, args.minutes))
+    print(train_report(args.checkpoint, args.photos, args.minutes, args.seed))
 
 
 if __name__ == "__main__":

@@ -24,12 +24,20 @@ async function call(path, body, type, key, signal) {
   throw new Refused(response.status, detail || `status ${response.status}`);
 }
 
+// "noise;0.82, haze;0.31" in words; nothing where the model does not tell.
+function findings(header) {
+  const found = (header ?? "unknown").split(",").map(part => part.trim().split(";"));
+  if (found[0][0] === "unknown") return "";
+  if (found[0][0] === "clean") return `nothing (${Math.round(100 * Number(found[0][1]))}% sure)`;
+  return found.map(([kind, strength]) => `${kind} ${strength}`).join(", ");
+}
+
 function facts(response) {
   const stages = (response.headers.get("Server-Timing") ?? "").split(",").map(part => part.trim()).filter(Boolean);
   return {
     rate: response.headers.get("Limpid-Rate"),
     model: response.headers.get("Limpid-Model"),
-    found: response.headers.get("Limpid-Degradation"),
+    found: findings(response.headers.get("Limpid-Degradation")),
     stages: stages.map(stage => stage.replace(/;dur=/, " ") + " ms"),
   };
 }
