@@ -38,7 +38,10 @@ cost: $(VENV)/run.stamp
 
 evaluate: $(VENV)/dev.stamp
 	$(BIN)/python -m model_store.evaluation peers --photos $(PHOTOS)/eval
+	$(BIN)/python -m model_store.evaluation cascade --photos $(PHOTOS)/eval
 	$(BIN)/python -m model_store.evaluation model --photos $(PHOTOS)/eval
+	$(BIN)/python -m model_store.evaluation naming --photos $(PHOTOS)/eval
+	$(BIN)/python -m model_store.evaluation generations --photos $(PHOTOS)/eval
 	$(BIN)/python -m model_store.evaluation report
 
 $(VENV)/bin/python:

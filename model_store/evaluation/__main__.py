@@ -71,6 +71,8 @@ def _peers(args: argparse.Namespace) -> None:
 def _cascade(args: argparse.Namespace) -> None:
     for name in args.sets:
         chosen = [s for s in samples(args.photos, name, args.limit) if s.condition.name.startswith("noise-")]
+        if not chosen:
+            continue
         strengths = {}
         for condition in dict.fromkeys(sample.condition.name for sample in chosen):
             tuned_on = [sample for sample in chosen if sample.condition.name == condition][::8]
