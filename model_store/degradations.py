@@ -38,6 +38,7 @@ class Ranges:
     noise: sigma in [0, 1]. read, shot: sensor noise in linear light, log: deviation and variance per unit of light.
     rain_density: drops per pixel of streaks 14 pixels long; longer ones are rarer.
     mosaic: share of the photos whose sensor noise went through demosaicing.
+    curtain: share of the rainy photos whose rain is a curtain of long soft streaks.
     """
 
     noise: Range = (2 / 255, 58 / 255)
@@ -58,9 +59,10 @@ class Ranges:
     blur_radius: Range = (0.6, 2.6)
     jpeg_quality: Range = (10, 92)
     mosaic: float = 0.5
+    curtain: float = 0.0
 
 
-TRAINING = Ranges()
+TRAINING = Ranges(curtain=0.4)
 EVALUATION = Ranges(
     rain_density=(0.002, 0.024),
     rain_length=(9, 46),
@@ -187,7 +189,21 @@ def rain(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
         kernels = line_kernels(length * scale, width * scale**0.5, angle + 0.05 * draw.normal(1, 1, 1))
         drops = (draw.field(1, *x.shape[2:]) < density) * draw.field(1, *x.shape[2:])
         cover = cover + share * filter_each(drops, kernels)
-    return veiled + (0.95 - veiled) * (cover * draw.uniform(ranges.rain_strength)).clamp(0, 0.9)
+    drawn = veiled + (0.95 - veiled) * (cover * draw.uniform(ranges.rain_strength)).clamp(0, 0.9)
+    if not ranges.curtain:
+        return drawn
+    return torch.where(draw.uniform((0, 1)) < ranges.curtain, curtain(x, draw), drawn)
+
+
+def curtain(x: Tensor, draw: Draw) -> Tensor:
+    """Rain as a lit curtain: dense noise drawn out along one direction, here thick and there thin, added as light."""
+    kernels = line_kernels(draw.uniform((15, 60)), draw.uniform((0.4, 1.2)), 0.3 * draw.normal(1, 1, 1))
+    drops = F.relu(draw.normal(1, *x.shape[2:]) - draw.uniform((0, 1.5)))
+    streaks = filter_each(drops, kernels / kernels.sum((1, 2), keepdim=True))
+    streaks = streaks / streaks.amax((2, 3), keepdim=True).clamp_min(1e-3)
+    thick = F.interpolate(draw.field(1, 3, 3), x.shape[2:], mode="bicubic", align_corners=False).clamp(0, 1)
+    light = draw.uniform((0.05, 0.35)) + draw.uniform((0.2, 0.9)) * streaks
+    return x + draw.uniform((0.3, 1)) * thick * light
 
 
 def snow(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:

@@ -23,10 +23,10 @@ from service.codec.config import CONFIGS, RATE_POINTS
 from service.codec.model import TrainableCodec
 
 KIND_SHARES: dict[Kind, float] = {
-    Kind.CLEAN: 0.36,
+    Kind.CLEAN: 0.34,
     Kind.NOISE: 0.2,
     Kind.SENSOR_NOISE: 0.07,
-    Kind.RAIN: 0.07,
+    Kind.RAIN: 0.09,
     Kind.SNOW: 0.06,
     Kind.HAZE: 0.08,
     Kind.LOW_LIGHT: 0.06,
