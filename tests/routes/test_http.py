@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import struct
 
 import google_crc32c
@@ -237,6 +238,21 @@ def test_request_ids_are_kept_or_made(client: TestClient) -> None:
     made = client.get("/livez", headers={"X-Request-ID": "not ok\t!"}).headers["x-request-id"]
     assert len(made) == 32
     assert client.get("/livez").headers["x-request-id"] != made
+
+
+def test_the_report_names_what_is_wrong_and_is_counted(client: TestClient, parrots: Photo) -> None:
+    def counted(kind: str) -> float:
+        found = re.search(rf'limpid_degradations_total{{kind="{kind}"}} (\S+)', client.get("/metrics").text)
+        return float(found[1]) if found else 0
+
+    before = counted("noise")
+    sent = client.post("/compress", content=image_bytes(noisy(parrots)))
+    assert re.match(r"noise;0\.\d\d", sent.headers["limpid-degradation"])
+    assert counted("noise") == before + 1
+    assert client.post("/decompress", content=sent.content).headers["limpid-degradation"].startswith("noise;")
+    dark = np.rint(parrots * 0.25).astype(np.uint8)
+    assert client.post("/compress", content=image_bytes(dark)).headers["limpid-degradation"].startswith("low-light;")
+    assert client.post("/compress", content=image_bytes(parrots)).headers["limpid-degradation"].startswith("clean;")
 
 
 def test_variants_say_what_was_measured(client: TestClient) -> None:
