@@ -45,7 +45,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "photos").mkdir(exist_ok=True)
         Image.fromarray(np.rot90(clean, index)).save(folder / f"photos/{index}.png")
     (folder / "photos-eval/kodak").mkdir(parents=True)
-    Image.fromarray(clean).save(folder / "photos-eval/kodak/kodim01.png")
+    for name in ("parrots", "bikes"):
+        Image.fromarray(photo(name)).save(folder / f"photos-eval/kodak/{name}.png")
     (folder / "deploy").symlink_to(ROOT / "deploy")
     return folder
 

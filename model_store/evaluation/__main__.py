@@ -7,7 +7,7 @@ report   table and plots from these; the model's means go into store.json for /v
 naming   does the model's report name what the generator did?    -> results/NAME-naming.json
 generations   compress the result again, ten times, at rate 6    -> results/NAME-generations.json
 sheets   photos without ground truth, before and after           -> results/NAME-FOLDER.jpg
-features maps of the encoder's attentions, and an embedding      -> results/NAME-maps.png, NAME-embedding.png
+features maps of the encoder's attentions, and an embedding      -> results/NAME-maps.jpg, NAME-embedding.png
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _sheets(args: argparse.Namespace) -> None:
 
 def _features(args: argparse.Namespace) -> None:
     watched, photos = Watched(args.store, args.name), sorted((args.photos / "kodak").glob("*.png"))[: args.limit]
-    draw_maps(watched, args.photo or photos[len(photos) // 2], args.results / f"{watched.name}-maps.png")
+    draw_maps(watched, args.photo or photos[len(photos) // 2], args.results / f"{watched.name}-maps.jpg")
     share = draw_embedding(watched, photos, args.results / f"{watched.name}-embedding.png")
     print(f"{share:.1%} of the photos lie nearest to the centre of their own kind")
 

@@ -89,7 +89,7 @@ def draw_maps(watched: Watched, photo: Path, target: Path, kinds: Sequence[Kind]
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout(pad=0.4)
-    figure.savefig(target, dpi=80)
+    figure.savefig(target, dpi=80, pil_kwargs={"quality": 80})
     pyplot.close(figure)
 
 
@@ -101,7 +101,12 @@ def draw_embedding(watched: Watched, photos: Sequence[Path], target: Path) -> fl
     Returns:
         The share of photos that lie nearest to the centre of their own kind, in the 20 dimensions, leaving each photo
         out of the centres that it is compared with.
+
+    Raises:
+        ValueError: fewer than two photos.
     """
+    if len(photos) < 2:
+        raise ValueError(f"expected at least two photos, got {len(photos)}")
     import matplotlib
 
     matplotlib.use("Agg")
