@@ -37,10 +37,6 @@ def noisy(clean: Photo, sigma: float = 25, seed: int = 1234) -> Photo:
     return np.clip(np.rint(clean + noise), 0, 255).astype(np.uint8)
 
 
-def psnr(a: Photo, b: Photo) -> float:
-    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2)))
-
-
 def image_bytes(pixels: Photo | Image.Image, format: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from model_store.evaluation.conditions import psnr
 from service.cli import main
 from service.engine import Photo
 from service.imaging import read_photo
 from service.local import Local
 from service.settings import Settings
-from tests.conftest import copied_store, image_bytes, noisy, other_store, psnr
+from tests.conftest import copied_store, image_bytes, noisy, other_store
 from tests.served import served
 
 Lines = pytest.CaptureFixture[str]

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from model_store.evaluation.conditions import psnr
 from service.client import (
     AsyncClient,
     BudgetUnmeetable,
@@ -27,7 +28,7 @@ from service.client import (
 )
 from service.engine import Photo
 from service.imaging import read_photo
-from tests.conftest import image_bytes, noisy, psnr
+from tests.conftest import image_bytes, noisy
 from tests.served import served
 
 FAST = Policy(deadline=5, attempts=4, backoff=0.001)

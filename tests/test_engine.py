@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from model_store.evaluation.conditions import psnr
 from service.codec.bitstream import Bitstream
 from service.engine import EncodeJob, Engine, Photo, UnknownModel
 from service.errors import OUT_OF_MEMORY, problem_of
-from tests.conftest import noisy, psnr
+from tests.conftest import noisy
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (15, 17), (16, 16), (33, 1), (64, 100)])

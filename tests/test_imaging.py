@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from model_store.evaluation.conditions import psnr
 from service.engine import Photo
 from service.imaging import CorruptImage, ImageError, NotAnImage, OutputFormat, TooManyPixels, read_photo, write_photo
-from tests.conftest import image_bytes, psnr
+from tests.conftest import image_bytes
 
 LIMIT = 1_000_000
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from model_store.evaluation.conditions import psnr
 from service.codec.bitstream import Bitstream
 from service.engine import Photo
 from service.imaging import read_photo
-from tests.conftest import image_bytes, noisy, psnr
+from tests.conftest import image_bytes, noisy
 from tests.served import served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -61,8 +61,10 @@ def export(checkpoint: Path, name: str, store: Path, make_default: bool = True) 
     index["models"].append(entry)
     if make_default:
         index["default"] = name
-    (store / str(entry["file"])).write_bytes(data)
-    path.write_text(json.dumps(index, indent=2) + "\n")
+    for target, content in ((store / str(entry["file"]), data), (path, (json.dumps(index, indent=2) + "\n").encode())):
+        new = target.with_name(f".{target.name}.new")
+        new.write_bytes(content)
+        new.replace(target)
     return entry
 
 

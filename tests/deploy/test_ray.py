@@ -15,10 +15,11 @@ import httpx2
 import psutil
 import pytest
 
+from model_store.evaluation.conditions import psnr
 from service.engine import Photo
 from service.imaging import read_photo
 from service.store import ModelStore
-from tests.conftest import copied_store, image_bytes, noisy, other_store, psnr
+from tests.conftest import copied_store, image_bytes, noisy, other_store
 
 ray = pytest.importorskip("ray", reason="the extra limpid[ray] is not installed")
 

@@ -71,8 +71,9 @@ def test_noise_has_the_deviation_it_says() -> None:
 
 def test_jpeg_loses_what_libjpeg_loses(parrots: Photo) -> None:
     """Our JPEG at a quality is within 1 dB of the real one."""
+    from model_store.evaluation.conditions import psnr
     from service.imaging import read_photo
-    from tests.conftest import image_bytes, psnr
+    from tests.conftest import image_bytes
 
     for quality in (15, 40, 75):
         ranges = Ranges(jpeg_quality=(quality, quality))

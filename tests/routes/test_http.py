@@ -13,12 +13,13 @@ import psutil
 import pytest
 from starlette.testclient import TestClient
 
+from model_store.evaluation.conditions import psnr
 from service.app import create_app
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.engine import Photo
 from service.imaging import read_photo
 from service.settings import Settings
-from tests.conftest import image_bytes, noisy, psnr
+from tests.conftest import image_bytes, noisy
 from tests.test_imaging import bomb
 
 
