@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,9 @@ KIND_SHARES: dict[Kind, float] = {
 
 UPLOAD_JPEG = 0.1
 """Share of the degraded photos that arrive as JPEG besides, as gateways send them."""
+
+AGAIN_EVERY = 10
+"""Every so many steps the photos are ones that the model has compressed before: copies of copies must not fade."""
 
 LOG_EVERY = 50
 CHECKPOINT_SECONDS = 180
@@ -136,6 +139,13 @@ def _groups(model: TrainableCodec, schedule: Schedule) -> list[dict[str, object]
     return [{"params": transforms, "base": schedule.lr}, {"params": prior, "base": schedule.prior_lr}]
 
 
+@torch.no_grad()
+def _compressed_before(model: TrainableCodec, data: Batch) -> Batch:
+    """The clean photos of a batch as the model gives them back, each at the rate of another."""
+    copy = (model(data.clean, data.rate.roll(1)).x_hat.float().clamp(0, 1) * 255).round() / 255
+    return replace(data, degraded=copy, kinds=[() for _ in data.kinds])
+
+
 def train(
     *,
     photos: Path,
@@ -211,6 +221,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * factor
         with torch.autocast(where.type, torch.bfloat16):
+            if step % AGAIN_EVERY == AGAIN_EVERY - 1:
+                data = _compressed_before(model, data)
             out = model(data.degraded, data.rate)
         pixels = crop * crop
         mse = (out.x_hat.float() - data.clean).square().mean((1, 2, 3))
