@@ -173,7 +173,7 @@ def test_a_photo_goes_there_and_back_on_the_real_server(parrots: Photo, tmp_path
             restored = client.decompress(compressed.bitstream, media_type="image/webp", quality=95)
             assert restored.media_type == "image/webp"
             assert restored.rate == compressed.rate
-            assert client.variants()["models"][0]["default"]
+            assert [model["default"] for model in client.variants()["models"]].count(True) == 1
             with pytest.raises(BudgetUnmeetable, match="at least"):
                 client.compress(tmp_path / "in.png", max_bytes=20)
         back = read_photo(restored.image, 10**6)
