@@ -72,6 +72,11 @@ class ReportHead(nn.Module):
 
 
 def _findings(chances: list[float], strengths: list[float]) -> tuple[Degradation, ...]:
-    found = [Degradation(kind, s) for kind, p, s in zip(KINDS, chances, strengths) if p > 0.5]
+    found = [_stored(kind, s) for kind, p, s in zip(KINDS, chances, strengths) if p > 0.5]
     found.sort(key=lambda one: -one.strength)
-    return tuple(found) or (Degradation(DegradationKind.CLEAN, 1 - max(chances)),)
+    return tuple(found) or (_stored(DegradationKind.CLEAN, 1 - max(chances)),)
+
+
+def _stored(kind: DegradationKind, strength: float) -> Degradation:
+    """A finding as the bitstream keeps it, so that writer and reader say the same."""
+    return Degradation(kind, round(strength * 255) / 255)

@@ -32,7 +32,7 @@ def test_findings_are_what_is_likely_strongest_first(monkeypatch: pytest.MonkeyP
     odds[1, 6], strength[1, 6] = 1.0, 7.0
     monkeypatch.setattr(head, "forward", lambda _: (odds, strength))
     both, strong, nothing = head.findings([])
-    assert both == (Degradation(DegradationKind.HAZE, 0.75), Degradation(DegradationKind.NOISE, 0.25))
+    assert both == (Degradation(DegradationKind.HAZE, 191 / 255), Degradation(DegradationKind.NOISE, 64 / 255))
     assert strong == (Degradation(DegradationKind.JPEG, 1.0),)
     assert [one.kind for one in nothing] == [DegradationKind.CLEAN]
-    assert nothing[0].strength == pytest.approx(0.982, abs=1e-3)
+    assert nothing[0].strength == pytest.approx(0.982, abs=1 / 255)
