@@ -8,6 +8,8 @@ It changes no pixel and no latent: what it says goes into the bitstream's header
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ KINDS = tuple(kind for kind in DegradationKind if kind is not DegradationKind.CL
 """What the head can find, in the order of its outputs."""
 
 _WIDTH, _HIDDEN = 64, 128
-_STRIP_POSITIONS = 2**14
+_POSITIONS = 2**11
 
 
 class ReportHead(nn.Module):
@@ -43,16 +45,16 @@ class ReportHead(nn.Module):
     def summary(self, level: int, features: Tensor) -> Tensor:
         """features: (B, C, H, W), of the stem (level 0) or the first stack (1). Returns (B, 128 + C), whatever H and W.
 
-        Deviations over the photo are given as their logarithm: a blur shows in what is missing.
+        A large photo is looked at on a regular grid of about `_POSITIONS` positions. Deviations are given as their
+        logarithm: a blur shows in what is missing.
         """
         b, c, h, w = features.shape
-        total, squares = (features.new_zeros(b, c + _WIDTH, dtype=torch.float32) for _ in range(2))
-        for part in torch.split(features.permute(0, 2, 3, 1), max(1, _STRIP_POSITIONS // w), 1):
-            x = torch.asinh(part.float() / self.deviation[level])
-            x = torch.cat([x, F.gelu(self.look[level](x))], -1)
-            total, squares = total + x.sum((1, 2)), squares + x.square().sum((1, 2))
-        mean, square = total / (h * w), squares / (h * w)
-        return torch.cat([mean[:, c:], 0.5 * (square - mean.square()).clamp_min(1e-6).log()], 1)
+        step = math.ceil(math.sqrt(h * w / _POSITIONS))
+        x = features[:, :, ::step, ::step].permute(0, 2, 3, 1).reshape(b, -1, c).float()
+        x = torch.asinh(x / self.deviation[level])
+        x = torch.cat([x, F.gelu(self.look[level](x))], -1)
+        deviation = 0.5 * x.var(1, correction=0).clamp_min(1e-6).log()
+        return torch.cat([x[..., c:].mean(1), deviation], 1)
 
     def forward(self, summaries: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Both summaries. Returns log odds of presence and strengths, both (B, 7) in the order of `KINDS`."""

@@ -11,12 +11,13 @@ from service.codec.report import KINDS, ReportHead
 from tests.codec.test_model import TINY
 
 
-def test_strips_do_not_change_the_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_photo_is_judged_by_a_sample_of_it() -> None:
     torch.manual_seed(1)
-    head, features = ReportHead(TINY), torch.randn(2, TINY.stages[0].dim, 24, 36)
-    whole = head.summary(0, features)
-    monkeypatch.setattr(report, "_STRIP_POSITIONS", 5 * 36)
-    assert torch.allclose(head.summary(0, features), whole, atol=1e-5)
+    head, dim = ReportHead(TINY), TINY.stages[0].dim
+    small = torch.randn(2, dim, 32, 48)
+    large = small.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    assert report._POSITIONS < 9 * 32 * 48
+    assert torch.allclose(head.summary(0, large), head.summary(0, small), atol=1e-5)
 
 
 def test_a_summary_does_not_grow_with_the_photo() -> None:
