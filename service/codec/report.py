@@ -51,10 +51,11 @@ class ReportHead(nn.Module):
         b, c, h, w = features.shape
         step = math.ceil(math.sqrt(h * w / _POSITIONS))
         x = features[:, :, ::step, ::step].permute(0, 2, 3, 1).reshape(b, -1, c).float()
-        x = torch.asinh(x / self.deviation[level])
+        x = _asinh(x / self.deviation[level])
         x = torch.cat([x, F.gelu(self.look[level](x))], -1)
-        deviation = 0.5 * x.var(1, correction=0).clamp_min(1e-6).log()
-        return torch.cat([x[..., c:].mean(1), deviation], 1)
+        mean = x.mean(1)
+        deviation = 0.5 * (x.square().mean(1) - mean.square()).clamp_min(1e-6).log()
+        return torch.cat([mean[:, c:], deviation], 1)
 
     def forward(self, summaries: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Both summaries. Returns log odds of presence and strengths, both (B, 7) in the order of `KINDS`."""
@@ -71,6 +72,11 @@ class ReportHead(nn.Module):
             _findings(chances, strengths)
             for chances, strengths in zip(odds.sigmoid().tolist(), strength.clamp(1 / 255, 1).tolist())
         ]
+
+
+def _asinh(x: Tensor) -> Tensor:
+    """torch's own takes three times as long on a CPU."""
+    return (x.abs() + (x.square() + 1).sqrt()).log().copysign(x)
 
 
 def _findings(chances: list[float], strengths: list[float]) -> tuple[Degradation, ...]:
