@@ -15,22 +15,23 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from model_store.degradations import TRAINING, Kind, degrade_measured
-from model_store.training.loss import balanced_distortion, rate_lambda
+from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool, toned
 from model_store.training.warm_start import warm_start
-from model_store.training.weights import read_weights
+from model_store.training.weights import weights_to_start_from
 from service.codec.config import CONFIGS, RATE_POINTS
+from service.codec.device import pick_device, transform_precision
 from service.codec.model import TrainableCodec
 
 KIND_SHARES: dict[Kind, float] = {
     Kind.CLEAN: 0.34,
-    Kind.NOISE: 0.2,
-    Kind.SENSOR_NOISE: 0.07,
-    Kind.RAIN: 0.09,
-    Kind.SNOW: 0.06,
-    Kind.HAZE: 0.08,
-    Kind.LOW_LIGHT: 0.06,
-    Kind.BLUR: 0.04,
+    Kind.NOISE: 0.17,
+    Kind.SENSOR_NOISE: 0.1,
+    Kind.RAIN: 0.12,
+    Kind.SNOW: 0.05,
+    Kind.HAZE: 0.07,
+    Kind.LOW_LIGHT: 0.05,
+    Kind.BLUR: 0.03,
     Kind.JPEG: 0.05,
 }
 """How often each kind is drawn alone; what is left to 1 are mixtures of two."""
@@ -38,7 +39,7 @@ KIND_SHARES: dict[Kind, float] = {
 UPLOAD_JPEG = 0.1
 """Share of the degraded photos that arrive as JPEG besides, as gateways send them."""
 
-AGAIN_EVERY = 10
+AGAIN_EVERY = 8
 """Every so many steps the photos are ones that the model has compressed before: copies of copies must not fade."""
 
 LOG_EVERY = 50
@@ -141,9 +142,9 @@ def _groups(model: TrainableCodec, schedule: Schedule) -> list[dict[str, object]
 
 @torch.no_grad()
 def _compressed_before(model: TrainableCodec, data: Batch) -> Batch:
-    """The clean photos of a batch as the model gives them back, each at the rate of another."""
-    copy = (model(data.clean, data.rate.roll(1)).x_hat.float().clamp(0, 1) * 255).round() / 255
-    return replace(data, degraded=copy, kinds=[() for _ in data.kinds])
+    """The clean photos of a batch as the model gives them back, which is also how it is to give those back."""
+    copy = (model(data.clean, data.rate).x_hat.float().clamp(0, 1) * 255).round() / 255
+    return replace(data, degraded=copy, clean=copy, kinds=[() for _ in data.kinds])
 
 
 def train(
@@ -172,7 +173,8 @@ def train(
     """
     if crop % 16:
         raise ValueError(f"expected a crop that is a multiple of 16, got {crop}")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = pick_device(device or "auto")
+    halved = transform_precision(where) == "bfloat16"  # emulated where the hardware lacks it: ten times slower
     run.mkdir(parents=True, exist_ok=True)
     path = run / "checkpoint.pt"
     torch.manual_seed(seed)
@@ -181,7 +183,7 @@ def train(
     model.to(memory_format=torch.channels_last)
     if not path.exists():
         if start_from:
-            model.load_state_dict(read_weights(start_from))
+            model.load_state_dict(weights_to_start_from(start_from))
         elif warm:
             warm_start(model, pool)
     if prepare:
@@ -206,7 +208,8 @@ def train(
             "size": size, "model": model.state_dict(), "ema": ema.mean, "optimizer": optimizer.state_dict(),
             "random": batches.state(), "noise": torch.get_rng_state(), "step": step, "seconds": seconds,
             "record": {"batch": batch, "crop": crop, "seed": seed, "photos": len(pool.photos),
-                       "device": str(where), **asdict(schedule)},
+                       "device": str(where), "lambda_low": LAMBDA_RANGE[0], "lambda_high": LAMBDA_RANGE[1],
+                       **asdict(schedule)},
         }  # fmt: skip
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
@@ -220,7 +223,7 @@ def train(
         factor = schedule.factor(seconds, step)
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * factor
-        with torch.autocast(where.type, torch.bfloat16):
+        with torch.autocast(where.type, torch.bfloat16, enabled=halved):
             if step % AGAIN_EVERY == AGAIN_EVERY - 1:
                 data = _compressed_before(model, data)
             out = model(data.degraded, data.rate)

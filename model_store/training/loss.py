@@ -7,10 +7,10 @@ from torch import Tensor
 
 from service.codec.config import RATE_POINTS
 
-LAMBDA_RANGE = (80.0, 5000.0)
+LAMBDA_RANGE = (40.0, 8000.0)
 """Bits per pixel that one unit of MSE (pixels in [0, 1]) costs, at the smallest and the best rate point."""
 
-_BALANCE = 1.5  # bits per pixel of distortion up to which MSE counts in full
+_BALANCE = 2.0  # bits per pixel of distortion up to which MSE counts in full
 
 
 def rate_lambda(rate: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def rate_lambda(rate: Tensor) -> Tensor:
 
 
 def balanced_distortion(mse: Tensor, weight: Tensor) -> Tensor:
-    """MSE up to tau = 1.5/lambda, tau (1 + ln(MSE/tau)) above, both (B,).
+    """MSE up to tau = 2/lambda, tau (1 + ln(MSE/tau)) above, both (B,).
 
     A heavy degradation has up to 100 times the MSE of a clean photo and would drown it in a plain mean.
     """

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from model_store.training.loss import LAMBDA_RANGE
+
+FIRST_LAMBDA_RANGE = (80.0, 5000.0)
+"""Of the runs that did not write theirs down."""
+
+_LOW, _HIGH = "lambda_low", "lambda_high"
 
 
 def keep_weights(checkpoint: Path, path: Path) -> None:
@@ -15,17 +24,57 @@ def keep_weights(checkpoint: Path, path: Path) -> None:
     Raises:
         ValueError: a weight is beyond float16.
     """
-    mean: dict[str, Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=True)["ema"]
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    mean: dict[str, Tensor] = state["ema"]
     halved = {name: value.half().contiguous() if value.is_floating_point() else value for name, value in mean.items()}
     for name, value in halved.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"expected weights within float16, {name} reaches {float(mean[name].abs().max()):g}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(halved, path)
+    low, high = _lambda_range(state["record"])
+    save_file(halved, path, {_LOW: str(low), _HIGH: str(high)})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights to start a run from: a file of `keep_weights`, or the EMA of a checkpoint."""
+    """The weights of a run as they are: a file of `keep_weights`, or the EMA of a checkpoint."""
+    return _read(path)[0]
+
+
+def weights_to_start_from(path: Path) -> dict[str, Tensor]:
+    """The weights of a run, its rate points moved to today's `LAMBDA_RANGE`."""
+    weights, trained = _read(path)
+    return stretched(weights, trained, LAMBDA_RANGE)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], tuple[float, float]]:
     if path.suffix != ".safetensors":
-        return dict(torch.load(path, map_location="cpu", weights_only=True)["ema"])
-    return {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(state["ema"]), _lambda_range(state["record"])
+    with safe_open(path, framework="pt") as opened:
+        trained = _lambda_range(opened.metadata() or {})
+    weights = load_file(path)
+    return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}, trained
+
+
+def _lambda_range(record: dict[str, str]) -> tuple[float, float]:
+    low, high = FIRST_LAMBDA_RANGE
+    return float(record.get(_LOW, low)), float(record.get(_HIGH, high))
+
+
+def stretched(
+    weights: dict[str, Tensor], trained: tuple[float, float], wanted: tuple[float, float]
+) -> dict[str, Tensor]:
+    """The same model with its rate points log-spaced over another range of lambda.
+
+    Whatever depends on the rate is a line between two anchors over log lambda; the anchors move along their line. At a
+    lambda within both ranges the model is the same as before.
+    """
+    low, high = (math.log(value / trained[0]) / math.log(trained[1] / trained[0]) for value in wanted)
+    out = dict(weights)
+    for name, value in weights.items():
+        if name.endswith("_low"):
+            other = name.removesuffix("_low") + "_high"
+            out[name], out[other] = value.lerp(weights[other], low), value.lerp(weights[other], high)
+        elif name.startswith("z_prior."):
+            out[name] = torch.stack([value[0].lerp(value[1], low), value[0].lerp(value[1], high)])
+    return out

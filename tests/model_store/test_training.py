@@ -17,7 +17,7 @@ from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_la
 from model_store.training.photos import PhotoPool
 from model_store.training.report import targets, train_report
 from model_store.training.warm_start import warm_start
-from model_store.training.weights import keep_weights, read_weights
+from model_store.training.weights import keep_weights, read_weights, stretched
 from service.codec.bitstream import DegradationKind
 from service.codec.config import CONFIGS
 from service.codec.model import TrainableCodec
@@ -158,9 +158,25 @@ def test_kept_weights_start_a_run_where_the_old_one_ended(
     assert (tmp_path / "tiny.safetensors").stat().st_size < checkpoint.stat().st_size / 4
 
 
+def test_a_stretched_model_is_the_same_at_the_same_lambda(parrots: Photo) -> None:
+    torch.manual_seed(5)
+    model, other = TrainableCodec(TINY).eval(), TrainableCodec(TINY).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    low, high = 80.0, 5000.0
+    step = (high / low) ** (1 / 7)
+    other.load_state_dict(stretched(model.state_dict(), (low, high), (low / step, high / step)))
+    x = torch.from_numpy(parrots[:64, :64].copy()).permute(2, 0, 1)[None].float() / 255
+    with torch.inference_mode():
+        was, now = model(x, torch.tensor([3])), other(x, torch.tensor([4]))
+    torch.testing.assert_close(now.x_hat, was.x_hat, rtol=1e-4, atol=1e-4)
+    assert float(now.z_bits) == pytest.approx(float(was.z_bits), rel=1e-4)
+    assert other.g_a.gain.log_low.sub(model.g_a.gain.log_low).abs().max() > 1e-3
+
+
 def test_balanced_distortion_is_mse_below_tau_and_smooth_at_it() -> None:
     weight = torch.tensor([1000.0])
-    tau = 1.5 / 1000
+    tau = 2 / 1000
     assert float(balanced_distortion(torch.tensor([tau / 3]), weight)) == pytest.approx(tau / 3)
     below, above = (float(balanced_distortion(torch.tensor([tau * f]), weight)) for f in (0.999, 1.001))
     assert (above - below) / (0.002 * tau) == pytest.approx(1, abs=0.01)
