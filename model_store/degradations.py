@@ -196,7 +196,7 @@ def rain(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
 
 
 def curtain(x: Tensor, draw: Draw) -> Tensor:
-    """Rain as a lit curtain: long soft streaks, fine or broad, dense or few, here thick and there thin, added as light."""
+    """Rain as a lit curtain: long soft streaks, fine or broad, dense or few, here thick, there thin, added as light."""
     kernels = line_kernels(draw.uniform((15, 75)), draw.uniform((0.4, 2.5), log=True), 0.25 * draw.normal(1, 1, 1))
     drops = F.relu(draw.normal(1, *x.shape[2:]) - draw.uniform((0, 3)))
     streaks = filter_each(drops, kernels)

@@ -98,7 +98,7 @@ class Model:
         codec = self.codec
         parts = (codec.g_a, codec.g_s, codec.h_a)
         tensors: list[Tensor] = [one for part in parts for one in (*part.parameters(), *part.buffers())]
-        tensors += [part for layer in codec.prior.layers.values() for part in (layer.weight, layer.bias, layer.shift)]
+        tensors += codec.prior.tensors()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

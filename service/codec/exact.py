@@ -4,6 +4,9 @@ Every value here is an integer, every partial sum stays below the carrier's exac
 batch size, thread count, device or library version can change a result. The same functions serve training: there the
 integers are derived from float parameters by straight-through rounding, so that training sees the final arithmetic.
 
+    IntegerLayer  what the store holds: weights, biases and the right shift behind them
+    ScaledLayer   the same, multiplied through by 2^-shift, in its carrier: ready to run
+
 Activations are fixed point with `FRACTION` fractional bits unless a layer says otherwise, within +-`LIMIT`.
 """
 
@@ -62,14 +65,34 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return _POWERS.to(exponent.device, exponent.dtype)[exponent.long() + 64]
 
 
-def requantise(acc: Tensor, shift: Tensor, low: float, high: float) -> Tensor:
-    """floor((acc + 2^(shift-1)) * 2^-shift) clamped to [low, high]; exact for integers `acc` and `shift` >= 0.
-
-    Both products are by powers of two and so lose nothing. Where gradients are off, `acc` is overwritten.
-    """
+def requantise(acc: Tensor, low: float, high: float) -> Tensor:
+    """floor(acc) clamped to [low, high]. Where gradients are off, `acc` is overwritten."""
     if torch.is_grad_enabled():
-        return straight_clamp(straight_floor(acc * power_of_two(-shift) + 0.5), low, high)
-    return acc.mul_(power_of_two(-shift)).add_(0.5).floor_().clamp_(low, high)
+        return straight_clamp(straight_floor(acc), low, high)
+    return acc.floor_().clamp_(low, high)
+
+
+@dataclass(frozen=True)
+class ScaledLayer:
+    """A layer ready to run: floor(x weight + bias), clamped, is floor((acc + 2^(shift-1)) * 2^-shift), clamped.
+
+    Multiplying by a power of two loses nothing, so sums are as exact as those of the integers.
+
+    Attributes:
+        weight: (in, out) for a pointwise layer, (9, C) for a depthwise 3x3 layer, each column times its 2^-shift.
+        bias: (8, out), a row per rate point, likewise, with the half that rounds.
+        low, high: the clamp of the outputs.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    low: int
+    high: int
+
+    def outputs(self, first: int) -> ScaledLayer:
+        """Every second output from `first` on."""
+        chosen = slice(first, None, 2)
+        return ScaledLayer(self.weight[:, chosen].contiguous(), self.bias[:, chosen].contiguous(), self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -89,14 +112,11 @@ class IntegerLayer:
     low: int
     high: int
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> IntegerLayer:
-        return IntegerLayer(
-            self.weight.to(device, dtype),
-            self.bias.to(device, dtype),
-            self.shift.to(device, dtype),
-            self.low,
-            self.high,
-        )
+    def scaled(self, device: torch.device, dtype: torch.dtype) -> ScaledLayer:
+        """The layer on its device, in a carrier that the caller knows to be exact for it."""
+        weight, bias, shift = (part.to(device, dtype) for part in (self.weight, self.bias, self.shift))
+        scale = power_of_two(-shift)
+        return ScaledLayer((weight * scale[:, None]).T.contiguous(), bias * scale + 0.5, self.low, self.high)
 
     def bound(self, limit: int) -> float:
         """The largest magnitude a partial sum can take for inputs within +-limit, in its finest unit.
@@ -108,23 +128,23 @@ class IntegerLayer:
         return float(torch.where(self.shift == 0, 2 * total, total).max())
 
 
-def pointwise(x: Tensor, layer: IntegerLayer, rate: Tensor) -> Tensor:
-    """1x1 layer as a matrix product. x: (B, in, H, W) integers, rate: (B,) indexes. Returns (B, out, H, W) integers."""
-    b, c, h, w = x.shape
-    acc = torch.matmul(layer.weight, x.reshape(b, c, h * w)) + layer.bias[rate][:, :, None]
-    return requantise(acc, layer.shift[:, None], layer.low, layer.high).reshape(b, -1, h, w)
+def pointwise(x: Tensor, layer: ScaledLayer, rate: Tensor) -> Tensor:
+    """1x1 layer as a matrix product. x: (B, ..., in) integers, rate: (B,) indexes. Returns (B, ..., out) integers."""
+    flat = x.flatten(1, -2)
+    acc = torch.baddbmm(layer.bias[rate][:, None], flat, layer.weight.expand(len(x), -1, -1))
+    return requantise(acc, layer.low, layer.high).view(*x.shape[:-1], layer.weight.shape[1])
 
 
-def depthwise(x: Tensor, layer: IntegerLayer, rate: Tensor) -> Tensor:
-    """Depthwise 3x3 layer with zero padding, as nine shifted multiply-adds. x: (B, C, H, W) integers."""
-    h, w = x.shape[-2:]
-    padded = F.pad(x, (1, 1, 1, 1))
-    acc = layer.bias[rate][:, :, None, None].expand(x.shape).clone()
+def depthwise(x: Tensor, layer: ScaledLayer, rate: Tensor) -> Tensor:
+    """Depthwise 3x3 layer with zero padding, as nine shifted multiply-adds. x: (B, H, W, C) integers."""
+    h, w = x.shape[1:3]
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    acc = layer.bias[rate][:, None, None]
     for tap in range(9):
         i, j = divmod(tap, 3)
-        seen, weight = padded[:, :, i : i + h, j : j + w], layer.weight[:, tap, None, None]
-        acc = torch.addcmul(acc, seen, weight) if torch.is_grad_enabled() else acc.addcmul_(seen, weight)
-    return requantise(acc, layer.shift[:, None, None], layer.low, layer.high)
+        seen, weight = padded[:, i : i + h, j : j + w], layer.weight[tap]
+        acc = torch.addcmul(acc, seen, weight) if tap == 0 or torch.is_grad_enabled() else acc.addcmul_(seen, weight)
+    return requantise(acc, layer.low, layer.high)
 
 
 class TrainableLayer(nn.Module):

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from service.codec.config import RATE_POINTS, CodecConfig
 from service.codec.exact import straight_clamp, straight_round
-from service.codec.prior import MEAN_FRACTION, PriorNet, half_mask
-from service.codec.tables import Z_LIMIT, level_to_scale
+from service.codec.prior import MEAN_FRACTION, Half, PriorNet, PriorOutput, halves
+from service.codec.tables import SKIPPED_LEVEL, Z_LIMIT, level_to_scale
 from service.codec.transforms import GAIN_ANCHORS, Analysis, HyperAnalysis, Synthesis, rate_position
 
 _LEAST_LIKELIHOOD = 2.0**-16
+_UNIT = 2.0**MEAN_FRACTION
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class CodecOutput:
 
 
 def _bits(likelihood: Tensor) -> Tensor:
-    return -straight_clamp(likelihood, _LEAST_LIKELIHOOD, 1.0).log2().flatten(1).sum(1)
+    return -straight_clamp(likelihood, _LEAST_LIKELIHOOD, 1.0).log2()
 
 
 def gaussian_bits(residual: Tensor, scale: Tensor) -> Tensor:
-    """Bits per photo of `residual` (B, ...) rounded to integers, under zero-mean Gaussians of deviation `scale`."""
+    """Bits of each of `residual`, rounded to integers, under zero-mean Gaussians of deviation `scale`."""
     inverse = 1 / (scale * math.sqrt(2))
     distance = residual.abs()
     return _bits(0.5 * (torch.erfc((distance - 0.5) * inverse) - torch.erfc((distance + 0.5) * inverse)))
@@ -63,7 +64,24 @@ class FactorizedPrior(nn.Module):
         """Bits per photo of z (B, C, h, w)."""
         location, scale = (p[:, :, None, None] for p in self.parameters_at(rate))
         distance = (z - location).abs()
-        return _bits(torch.sigmoid((0.5 - distance) / scale) - torch.sigmoid((-0.5 - distance) / scale))
+        bits = _bits(torch.sigmoid((0.5 - distance) / scale) - torch.sigmoid((-0.5 - distance) / scale))
+        return bits.flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One pass over its half of the latents, all (B, n) in coding order: what the prior says, y, and y rounded."""
+
+    mean: Tensor
+    level: Tensor
+    y: Tensor
+    y_hat: Tensor
+
+    @classmethod
+    def by(cls, output: PriorOutput, half: Half, y: Tensor, skipped: int) -> _Seen:
+        mean, seen = output.mean / _UNIT, half.gathered(y.permute(0, 2, 3, 1))
+        steps = straight_round(seen - mean).masked_fill(output.level <= skipped, 0)
+        return cls(mean, output.level, seen, mean + steps)
 
 
 class TrainableCodec(nn.Module):
@@ -95,25 +113,31 @@ class TrainableCodec(nn.Module):
         """x: (B, 3, H, W) in [0, 1], H and W multiples of 16. rate: (B,) int64, indexes 0..7.
 
         The rate is estimated with uniform noise in training mode and with rounded values in evaluation mode; g_s sees
-        rounded latents in both.
+        rounded latents in both. Which latents are too certain to be coded counts in evaluation mode only: in training
+        all are, so that none is cut off from what it could learn.
         """
         y = self.g_a(x, rate)
         with torch.autocast(y.device.type, enabled=False):
             z = self.h_a(self.normalise(y, rate))
             z_hat = straight_clamp(straight_round(z), -Z_LIMIT, Z_LIMIT)
-            prior = self.prior.exact(self.latent_gains())
+            prior = self.prior.integers(self.latent_gains()).trained()
             h, w = y.shape[-2:]
+            zero, one = halves(h, w, y.device)
             features = prior.features(z_hat, rate, h, w)
-            first = prior.first_pass(features, rate)
-            unit = 2.0**MEAN_FRACTION
-            mask = half_mask(y.shape[1], h, w, y.device)
-            known = (straight_round(y - first.mean / unit) + first.mean / unit) * mask
-            second = prior.second_pass(features, known * unit, rate)
-            mean = torch.where(mask, first.mean, second.mean) / unit
-            scale = level_to_scale(torch.where(mask, first.level, second.level))
-            y_hat = straight_round(y - mean) + mean
-            y_seen, z_seen = (
-                (y + torch.rand_like(y) - 0.5, z + torch.rand_like(z) - 0.5) if self.training else (y_hat, z_hat)
+            skipped = -1 if self.training else SKIPPED_LEVEL
+            first = _Seen.by(prior.first_pass(features, rate, zero), zero, y, skipped)
+            known = zero.placed(first.y_hat, h, w)
+            second = _Seen.by(prior.second_pass(features, known * _UNIT, rate, one), one, y, skipped)
+            y_hat = (known + one.placed(second.y_hat, h, w)).permute(0, 3, 1, 2)
+            mean, level, seen, rounded = (
+                torch.cat(parts, 1)
+                for parts in zip(*((part.mean, part.level, part.y, part.y_hat) for part in (first, second)))
             )
-            y_bits, z_bits = gaussian_bits(y_seen - mean, scale), self.z_prior(z_seen, rate)
+            y_seen, z_seen = (
+                (seen + torch.rand_like(seen) - 0.5, z + torch.rand_like(z) - 0.5)
+                if self.training
+                else (rounded, z_hat)
+            )
+            y_bits = (gaussian_bits(y_seen - mean, level_to_scale(level)) * (level > skipped)).sum(1)
+            z_bits = self.z_prior(z_seen, rate)
         return CodecOutput(self.g_s(y_hat, rate), y_bits, z_bits)

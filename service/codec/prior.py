@@ -7,8 +7,9 @@
 The halves are a checkerboard over row, column and channel, so that in the second pass every latent has its four
 neighbours and the channels beside it (the two-pass dual spatial prior of DCVC-HEM / DCVC-FM; no serial decoding).
 
-`PriorNet` holds the float parameters that are trained; `ExactPrior` is the arithmetic. Training runs the very same
-arithmetic on integers derived from the parameters; a shipped model holds only the integers.
+`PriorNet` holds the float parameters that are trained, `IntegerPrior` the integers that ship, `ExactPrior` is the
+arithmetic. Training runs the very same arithmetic on integers derived from the parameters. All of it runs on
+(B, h, w, channels), and each pass speaks of its half of the latents only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.codec.config import RATE_POINTS, CodecConfig
@@ -28,6 +28,7 @@ from service.codec.exact import (
     FRACTION,
     LIMIT,
     IntegerLayer,
+    ScaledLayer,
     TrainableLayer,
     depthwise,
     pointwise,
@@ -48,8 +49,45 @@ _CONTEXT_MANTISSA = 255
 
 
 @dataclass(frozen=True)
+class Half:
+    """The latents of one pass: the even channels at some positions (rows of h*w), the odd ones at all others.
+
+    In coding order, latents go by channel, then row, then column.
+    """
+
+    even: Tensor
+    odd: Tensor
+
+    def gathered(self, y: Tensor) -> Tensor:
+        """y: (B, h, w, N). Returns (B, n), this half's in coding order."""
+        flat = y.flatten(1, 2)
+        return _in_order(*(flat.index_select(1, at)[..., first::2] for first, at in enumerate((self.even, self.odd))))
+
+    def placed(self, values: Tensor, h: int, w: int) -> Tensor:
+        """values: (B, n) in coding order. Returns (B, h, w, N), zero where the other half is."""
+        b = len(values)
+        even, odd = torch.split(values.view(b, -1, h * w).transpose(1, 2), [len(self.even), len(self.odd)], 1)
+        out = values.new_zeros(b, h * w, even.shape[2], 2)
+        out[:, self.even, :, 0] = even
+        out[:, self.odd, :, 1] = odd
+        return out.view(b, h, w, -1)
+
+
+def _in_order(even: Tensor, odd: Tensor) -> Tensor:
+    """The values (B, positions, N/2) of even and odd channels as (B, n) in coding order."""
+    return torch.cat([even, odd], 1).transpose(1, 2).flatten(1)
+
+
+def halves(h: int, w: int, device: torch.device) -> tuple[Half, Half]:
+    """The latents of pass 0 and of pass 1: a checkerboard over row, column and channel."""
+    colour = (torch.arange(h, device=device)[:, None] + torch.arange(w, device=device)).flatten() % 2
+    black, white = (colour == 0).nonzero()[:, 0], colour.nonzero()[:, 0]
+    return Half(black, white), Half(white, black)
+
+
+@dataclass(frozen=True)
 class PriorOutput:
-    """What one pass says of every latent: `mean` (B, N, h, w) in sixteenths and `level` (B, N, h, w), indexes 0..63."""
+    """What a pass says of its half: `mean` in sixteenths and `level`, 0 to 63, both (B, n) in coding order."""
 
     mean: Tensor
     level: Tensor
@@ -68,12 +106,9 @@ class Rescale:
     shift: Tensor
     limit: int
 
-    def __call__(self, x: Tensor, rate: Tensor) -> Tensor:
-        factor, shift = self.factor[rate][:, :, None, None], self.shift[rate][:, :, None, None]
-        return requantise(x * factor, shift, -self.limit, self.limit)
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Rescale:
-        return Rescale(self.factor.to(device, dtype), self.shift.to(device, dtype), self.limit)
+    def scaled(self, device: torch.device) -> ScaledRescale:
+        factor, shift = self.factor.to(device, torch.float32), self.shift.to(device, torch.float32)
+        return ScaledRescale(factor * power_of_two(-shift), self.limit)
 
     @classmethod
     def nearest(cls, value: Tensor, mantissa: int, limit: int) -> Rescale:
@@ -82,67 +117,120 @@ class Rescale:
         return cls((value * power_of_two(shift)).round().clamp(1, mantissa), shift, limit)
 
 
-def half_mask(channels: int, h: int, w: int, device: torch.device) -> Tensor:
-    """(channels, h, w) bool: the latents of pass 0. Its complement is pass 1."""
-    c = torch.arange(channels, device=device)[:, None, None]
-    i = torch.arange(h, device=device)[None, :, None]
-    j = torch.arange(w, device=device)[None, None, :]
-    return (c + i + j) % 2 == 0
+@dataclass(frozen=True)
+class ScaledRescale:
+    """A `Rescale` ready to run: `factor` (8, C) times 2^-shift, which loses nothing."""
+
+    factor: Tensor
+    limit: int
+
+    def __call__(self, x: Tensor, rate: Tensor) -> Tensor:
+        """x: (B, positions, C) integers."""
+        return requantise(x * self.factor[rate][:, None] + 0.5, -self.limit, self.limit)
+
+    def outputs(self, first: int) -> ScaledRescale:
+        """Every second channel from `first` on."""
+        return ScaledRescale(self.factor[:, first::2].contiguous(), self.limit)
 
 
 @dataclass(frozen=True)
-class ExactPrior:
-    """The integers of a prior and their arithmetic. `rate` is always (B,) int64, indexes 0..7."""
+class IntegerPrior:
+    """The integers of a prior, as the store holds them."""
 
     layers: dict[str, IntegerLayer]
     mean_rescale: Rescale
     context_rescale: Rescale
 
-    def to(self, device: torch.device) -> ExactPrior:
-        """Move to a device, each layer in the narrowest carrier that is exact for it.
+    def on(self, device: torch.device) -> ExactPrior:
+        """Ready to run on a device, each layer in the narrowest carrier that is exact for it.
 
         Raises:
             ValueError: a layer could leave float64's exact range.
         """
-        return ExactPrior(
-            {name: layer.to(device, carrier(name, layer)) for name, layer in self.layers.items()},
-            self.mean_rescale.to(device, torch.float32),
-            self.context_rescale.to(device, torch.float32),
-        )
+        return self._scaled({name: layer.scaled(device, carrier(name, layer)) for name, layer in self.layers.items()},
+                            device)  # fmt: skip
 
-    def _run(
-        self, kind: Callable[[Tensor, IntegerLayer, Tensor], Tensor], name: str, x: Tensor, rate: Tensor
-    ) -> Tensor:
+    def trained(self) -> ExactPrior:
+        """Ready to train: every layer is exact in float32 by construction."""
+        device = self.mean_rescale.factor.device
+        return self._scaled({name: layer.scaled(device, torch.float32) for name, layer in self.layers.items()}, device)
+
+    def _scaled(self, layers: dict[str, ScaledLayer], device: torch.device) -> ExactPrior:
+        whole = {name: layer for name, layer in layers.items() if name not in _OUTPUTS}
+        split = {name: (layers[name].outputs(0), layers[name].outputs(1)) for name in _OUTPUTS}
+        mean = self.mean_rescale.scaled(device)
+        return ExactPrior(whole, split, (mean.outputs(0), mean.outputs(1)), self.context_rescale.scaled(device))
+
+
+@dataclass(frozen=True)
+class ExactPrior:
+    """The arithmetic of a prior. `rate` is always (B,) int64, indexes 0..7.
+
+    Attributes:
+        layers: those that run at every position.
+        outputs: the last ones of each pass, by the even and the odd latents that they speak of.
+        mean_rescale: likewise. context_rescale: of y_hat, before pass 1 sees it.
+    """
+
+    layers: dict[str, ScaledLayer]
+    outputs: dict[str, tuple[ScaledLayer, ScaledLayer]]
+    mean_rescale: tuple[ScaledRescale, ScaledRescale]
+    context_rescale: ScaledRescale
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds on its device."""
+        layers = [*self.layers.values(), *(layer for both in self.outputs.values() for layer in both)]
+        rescales = [*self.mean_rescale, self.context_rescale]
+        return [part for layer in layers for part in (layer.weight, layer.bias)] + [one.factor for one in rescales]
+
+    def _run(self, kind: Callable[[Tensor, ScaledLayer, Tensor], Tensor], name: str, x: Tensor, rate: Tensor) -> Tensor:
         layer = self.layers[name]
         return kind(x.to(layer.weight.dtype), layer, rate).to(torch.float32)
 
     def features(self, z_hat: Tensor, rate: Tensor, h: int, w: int) -> Tensor:
-        """h_s: z_hat (B, hyper, ceil(h/4), ceil(w/4)) integers -> features (B, F, h, w) integers."""
-        x = self._run(pointwise, "enter", z_hat, rate)
-        x = F.pixel_shuffle(self._run(pointwise, "up1", x + self._run(depthwise, "local1", x, rate), rate), 2)
-        x = F.pixel_shuffle(self._run(pointwise, "up2", x + self._run(depthwise, "local2", x, rate), rate), 2)
-        return x[:, :, :h, :w]
+        """h_s: z_hat (B, hyper, ceil(h/4), ceil(w/4)) integers -> features (B, h, w, F) integers."""
+        x = self._run(pointwise, "enter", z_hat.permute(0, 2, 3, 1), rate)
+        x = _shuffled(self._run(pointwise, "up1", x + self._run(depthwise, "local1", x, rate), rate))
+        x = _shuffled(self._run(pointwise, "up2", x + self._run(depthwise, "local2", x, rate), rate))
+        return x[:, :h, :w].contiguous()
 
-    def first_pass(self, features: Tensor, rate: Tensor) -> PriorOutput:
+    def first_pass(self, features: Tensor, rate: Tensor, half: Half) -> PriorOutput:
+        """What it says of `half` of the latents, which is pass 0's."""
         x = self._run(depthwise, "first_local", features, rate)
-        x = self._run(pointwise, "first_hidden", torch.cat([features, x], 1), rate)
-        return self._outputs("first", x, rate)
+        x = self._run(pointwise, "first_hidden", torch.cat([features, x], -1), rate)
+        return self._output("first", x, rate, half)
 
-    def second_pass(self, features: Tensor, y_hat: Tensor, rate: Tensor) -> PriorOutput:
-        """y_hat: (B, N, h, w) in sixteenths, zero where pass 1 has yet to speak."""
-        known = self.context_rescale(straight_clamp(y_hat, -MEAN_LIMIT, MEAN_LIMIT), rate)
+    def second_pass(self, features: Tensor, y_hat: Tensor, rate: Tensor, half: Half) -> PriorOutput:
+        """y_hat: (B, h, w, N) in sixteenths, zero where pass 1, whose half it is, has yet to speak."""
+        shape = y_hat.shape
+        known = straight_clamp(y_hat, -MEAN_LIMIT, MEAN_LIMIT).flatten(1, 2)
+        known = self.context_rescale(known, rate).view(shape)
         near = self._run(depthwise, "second_near", known, rate)
         wide = self._run(depthwise, "second_wide", known, rate)
-        x = self._run(pointwise, "second_merge", torch.cat([features, known, near, wide], 1), rate)
+        x = self._run(pointwise, "second_merge", torch.cat([features, known, near, wide], -1), rate)
         x = x + self._run(depthwise, "second_local", x, rate)
         x = self._run(pointwise, "second_hidden", x, rate)
-        return self._outputs("second", x, rate)
+        return self._output("second", x, rate, half)
 
-    def _outputs(self, name: str, x: Tensor, rate: Tensor) -> PriorOutput:
-        mean = self.mean_rescale(self._run(pointwise, f"{name}_mean", x, rate), rate)
-        return PriorOutput(mean, self._run(pointwise, f"{name}_level", x, rate))
+    def _output(self, step: str, x: Tensor, rate: Tensor, half: Half) -> PriorOutput:
+        x = x.flatten(1, 2)
+        means, levels = [], []
+        for parity, at in enumerate((half.even, half.odd)):
+            mean, level = (self.outputs[f"{step}_{name}"][parity] for name in ("mean", "level"))
+            seen = x.index_select(1, at).to(mean.weight.dtype)
+            normal = pointwise(seen, mean, rate).to(torch.float32)
+            means.append(self.mean_rescale[parity](normal, rate))
+            levels.append(pointwise(seen.to(level.weight.dtype), level, rate).to(torch.float32))
+        return PriorOutput(_in_order(*means), _in_order(*levels))
 
 
+def _shuffled(x: Tensor) -> Tensor:
+    """A pixel shuffle by 2 of (B, h, w, 4 C) to (B, 2 h, 2 w, C)."""
+    b, h, w, c = x.shape
+    return x.view(b, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4)
+
+
+_OUTPUTS = ("first_mean", "first_level", "second_mean", "second_level")
 _SUMS = {"up1", "up2", "second_hidden"}
 """Layers whose input is a sum of two activations and so reaches twice the limit."""
 
@@ -222,11 +310,11 @@ class PriorNet(nn.Module):
             for bias, gain in ((level.bias_low, gains[0]), (level.bias_high, gains[1])):
                 bias.copy_(scale_to_level(deviation * gain) / 2**SCALE_FRACTION)
 
-    def exact(self, latent_gain: Tensor) -> ExactPrior:
+    def integers(self, latent_gain: Tensor) -> IntegerPrior:
         """The integers of the present parameters. latent_gain: (8, N), the gain of g_a per rate point."""
         positions = torch.linspace(0, 1, RATE_POINTS, device=latent_gain.device)
         unit = (self.deviation * latent_gain).detach()
-        return ExactPrior(
+        return IntegerPrior(
             {name: self.layer(name).integers(positions) for name in self.layers},
             Rescale.nearest(unit * 2.0 ** (MEAN_FRACTION - _NORMAL_MEAN_FRACTION), _MEAN_MANTISSA, MEAN_LIMIT),
             Rescale.nearest(2.0 ** (FRACTION - MEAN_FRACTION) / unit, _CONTEXT_MANTISSA, self.context_limit),

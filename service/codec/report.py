@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from service.codec.bitstream import Degradation, DegradationKind
 from service.codec.config import CodecConfig
+from service.codec.transforms import asinh
 
 KINDS = tuple(kind for kind in DegradationKind if kind is not DegradationKind.CLEAN)
 """What the head can find, in the order of its outputs."""
@@ -51,7 +52,7 @@ class ReportHead(nn.Module):
         b, c, h, w = features.shape
         step = math.ceil(math.sqrt(h * w / _POSITIONS))
         x = features[:, :, ::step, ::step].permute(0, 2, 3, 1).reshape(b, -1, c).float()
-        x = _asinh(x / self.deviation[level])
+        x = asinh(x / self.deviation[level])
         x = torch.cat([x, F.gelu(self.look[level](x))], -1)
         mean = x.mean(1)
         deviation = 0.5 * (x.square().mean(1) - mean.square()).clamp_min(1e-6).log()
@@ -72,11 +73,6 @@ class ReportHead(nn.Module):
             _findings(chances, strengths)
             for chances, strengths in zip(odds.sigmoid().tolist(), strength.clamp(1 / 255, 1).tolist())
         ]
-
-
-def _asinh(x: Tensor) -> Tensor:
-    """torch's own takes three times as long on a CPU."""
-    return (x.abs() + (x.square() + 1).sqrt()).log().copysign(x)
 
 
 def _findings(chances: list[float], strengths: list[float]) -> tuple[Degradation, ...]:

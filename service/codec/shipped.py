@@ -27,7 +27,7 @@ from service.codec.config import RATE_POINTS, STRIDE, CodecConfig, Stage
 from service.codec.exact import IntegerLayer
 from service.codec.fast import FastStack, speed_up
 from service.codec.model import TrainableCodec
-from service.codec.prior import MEAN_FRACTION, ExactPrior, PriorOutput, Rescale, half_mask
+from service.codec.prior import MEAN_FRACTION, Half, IntegerPrior, PriorOutput, Rescale, halves
 from service.codec.rans import (
     SYMBOL_LIMIT,
     CorruptPayload,
@@ -91,26 +91,28 @@ class ShippedCodec:
     Args:
         config: the model's shape.
         transforms: g_a, g_s and h_a with their weights.
-        prior: the exact prior.
+        prior: the integers of the exact prior.
         deviation: (N,) typical deviations, the normalisation that h_a expects.
         y_tables: a table per scale level. z_tables: a table per rate point and channel, rate-major.
         dtype: of the products in g_a and g_s.
         report: tells what is wrong with a photo; None for a model that has no opinion.
+        skipped: latents up to this scale level are never coded and always equal to their mean.
     """
 
     def __init__(
         self,
         config: CodecConfig,
         transforms: tuple[Analysis, Synthesis, HyperAnalysis],
-        prior: ExactPrior,
+        prior: IntegerPrior,
         deviation: Tensor,
         y_tables: CdfTables,
         z_tables: CdfTables,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         report: ReportHead | None = None,
+        skipped: int = 0,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.skipped = config, device, skipped
         self.g_a, self.g_s, self.h_a = transforms
         for part in transforms:
             part.to(device).to(memory_format=torch.channels_last)
@@ -118,7 +120,7 @@ class ShippedCodec:
         speed_up(self.g_a, dtype)
         speed_up(self.g_s, dtype)
         self.report = report.to(device).eval().requires_grad_(False) if report else None
-        self.prior = prior.to(device)
+        self.prior = prior.on(device)
         self.deviation = deviation.to(device)
         self.y_tables = GuardedTables(y_tables)
         hyper = config.hyper
@@ -158,23 +160,25 @@ class ShippedCodec:
     def symbols_of(self, y: Tensor, z_hat: Tensor, rate: Tensor) -> list[LatentSymbols]:
         """Quantise y around the exact means, pass by pass."""
         h, w = y.shape[-2:]
+        zero, one = halves(h, w, y.device)
         features = self.prior.features(z_hat, rate, h, w)
-        mask = half_mask(y.shape[1], h, w, y.device)
-        first = self.prior.first_pass(features, rate)
-        symbols = self._quantise(y, first)
-        known = (symbols * _UNIT + first.mean).mul_(mask)
-        zero = zip(_chosen(symbols, mask), _chosen(first.level, mask))
-        del symbols, first  # a large photo has no memory to spare
-        second = self.prior.second_pass(features, known, rate)
-        one = zip(_chosen(self._quantise(y, second), ~mask), _chosen(second.level, ~mask))
+        y = y.permute(0, 2, 3, 1)
+        first = self.prior.first_pass(features, rate, zero)
+        symbols0 = self._quantise(zero.gathered(y), first)
+        known = zero.placed(first.mean.add_(symbols0, alpha=_UNIT), h, w)
+        second = self.prior.second_pass(features, known, rate, one)
+        symbols1 = self._quantise(one.gathered(y), second)
+        zeros, ones = (
+            [(_numpy(one), _numpy(level)) for one, level in zip(symbols, output.level)]
+            for symbols, output in ((symbols0, first), (symbols1, second))
+        )
         return [
-            LatentSymbols(*each) for each in zip(rate.tolist(), [_numpy(z.flatten()) for z in z_hat], zip(zero, one))
+            LatentSymbols(*each) for each in zip(rate.tolist(), [_numpy(z.flatten()) for z in z_hat], zip(zeros, ones))
         ]
 
-    @staticmethod
-    def _quantise(y: Tensor, output: PriorOutput) -> Tensor:
-        symbols = (y - output.mean / _UNIT).round_().clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT)
-        return symbols.masked_fill_(output.level == SKIPPED_LEVEL, 0)
+    def _quantise(self, y: Tensor, output: PriorOutput) -> Tensor:
+        symbols = y.sub(output.mean, alpha=1 / _UNIT).round_().clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT)
+        return symbols.masked_fill_(output.level <= self.skipped, 0)
 
     def write(self, latents: LatentSymbols) -> Coded:
         """Entropy-code one photo."""
@@ -182,7 +186,7 @@ class ShippedCodec:
         channels = self._z_channels(len(latents.z))
         encoder.add(latents.z, channels, self.z_tables[latents.rate])
         for symbols, levels in latents.passes:
-            coded = levels != SKIPPED_LEVEL
+            coded = levels > self.skipped
             symbols, levels = symbols[coded], levels[coded]
             clipped = self.y_tables.clip(symbols, levels)
             encoder.add(clipped, levels, self.y_tables)
@@ -216,43 +220,37 @@ class ShippedCodec:
             """The symbols of one pass; moves `starts` on."""
             symbols = [np.zeros(len(one), np.int32) for one in levels]
             for index, (decoder, listed) in enumerate(zip(decoders, outliers)):
-                wanted = levels[index] != SKIPPED_LEVEL
+                wanted = levels[index] > self.skipped
                 taken = decoder.take(levels[index][wanted], self.y_tables)
                 symbols[index][wanted] = listed.within(starts[index], len(taken)).apply(taken)
                 starts[index] += len(taken)
             return symbols
 
-        def first_pass() -> tuple[Tensor, Tensor, PriorOutput, list[Symbols]]:
-            mask = half_mask(n, h, w, self.device)
+        def first_pass() -> tuple[Tensor, PriorOutput, list[Symbols]]:
             z_hat = torch.from_numpy(np.stack(z).reshape(-1, hyper, zh, zw)).to(self.device, torch.float32)
             features = self.prior.features(z_hat, rate, h, w)
-            output = self.prior.first_pass(features, rate)
-            return mask, features, output, _chosen(output.level, mask)
-
-        def first_half() -> tuple[Tensor, Tensor, Tensor]:
-            """The mask, the features and the latents of pass 0; drops the rest, which is much for a large photo."""
-            mask, features, output, levels = on_device(first_pass)
-            symbols = decode(levels)
-            return mask, features, on_device(lambda: self._placed(symbols, output, mask))
+            output = self.prior.first_pass(features, rate, zero)
+            return features, output, [_numpy(level) for level in output.level]
 
         def second_pass() -> tuple[PriorOutput, list[Symbols]]:
-            output = self.prior.second_pass(features, known, rate)
-            return output, _chosen(output.level, ~mask)
+            output = self.prior.second_pass(features, known, rate, one)
+            return output, [_numpy(level) for level in output.level]
 
-        mask, features, known = first_half()
-        second, levels = on_device(second_pass)
-        symbols1 = decode(levels)
+        def placed(symbols: list[Symbols], output: PriorOutput, half: Half) -> Tensor:
+            """The latents of one pass in sixteenths, zero elsewhere."""
+            steps = torch.from_numpy(np.stack(symbols)).to(self.device, torch.float32)
+            return half.placed(steps.mul_(_UNIT).add_(output.mean), h, w)
+
+        zero, one = halves(h, w, self.device)
+        features, output, levels = on_device(first_pass)
+        symbols = decode(levels)
+        known = on_device(lambda: placed(symbols, output, zero))
+        output, levels = on_device(second_pass)
+        symbols = decode(levels)
         for start, listed in zip(starts, outliers):
             if len(listed.position) and listed.position[-1] >= start:
                 raise CorruptPayload(f"outliers: position {listed.position[-1]} of {start} coded latents")
-        return on_device(lambda: self._placed(symbols1, second, ~mask).add_(known).div_(_UNIT))
-
-    def _placed(self, symbols: list[Symbols], output: PriorOutput, chosen: Tensor) -> Tensor:
-        """The latents of one pass in sixteenths, zero elsewhere."""
-        y_hat, at = output.mean * chosen, chosen.flatten().nonzero()[:, 0]
-        for photo, one in zip(y_hat, symbols):
-            photo.view(-1).index_add_(0, at, torch.from_numpy(one).to(self.device, torch.float32).mul_(_UNIT))
-        return y_hat
+        return on_device(lambda: placed(symbols, output, one).add_(known).div_(_UNIT).permute(0, 3, 1, 2))
 
     @torch.inference_mode()
     def synthesise(self, y_hat: Tensor, rate: Tensor) -> Tensor:
@@ -267,14 +265,19 @@ class ShippedCodec:
         h, w = 10, 7  # z is 3x2: both crops of the upsampled features are exercised
         rate = torch.arange(RATE_POINTS, device=self.device)
         z_hat = self._pattern(self.config.hyper, 3, 2, 23, 1) - 11
-        y_hat = (self._pattern(self.config.latents, h, w, 4001, 2) - 2000) * half_mask(
-            self.config.latents, h, w, self.device
-        )
+        y_hat = (self._pattern(self.config.latents, h, w, 4001, 2) - 2000).permute(0, 2, 3, 1)
         features = self.prior.features(z_hat, rate, h, w)
+        zero, one = halves(h, w, self.device)
+        y_hat = zero.placed(zero.gathered(y_hat), h, w)
+        passes = (
+            [self.prior.first_pass(features, rate, half) for half in (zero, one)],
+            [self.prior.second_pass(features, y_hat, rate, half) for half in (zero, one)],
+        )
         digest = hashlib.sha256()
-        for output in (self.prior.first_pass(features, rate), self.prior.second_pass(features, y_hat, rate)):
-            for part in (output.mean, output.level):
-                digest.update(part.to(torch.int32).cpu().numpy().astype("<i4").tobytes())
+        for at_zero, at_one in passes:
+            for here, there in ((at_zero.mean, at_one.mean), (at_zero.level, at_one.level)):
+                whole = (zero.placed(here, h, w) + one.placed(there, h, w)).permute(0, 3, 1, 2)
+                digest.update(whole.to(torch.int32).cpu().numpy().astype("<i4").tobytes())
         return digest.hexdigest()
 
     def _pattern(self, channels: int, h: int, w: int, modulus: int, salt: int) -> Tensor:
@@ -319,12 +322,13 @@ class ShippedCodec:
                 CdfTables(*(tensors[f"tables.{name}.{key}"].numpy() for key in ("cdf", "size", "offset")))
                 for name in "yz"
             )
-            prior = ExactPrior(layers, mean, context)
+            prior = IntegerPrior(layers, mean, context)
             report = None
             if weights := _below(tensors, "report"):
                 report = ReportHead(config)
                 report.load_state_dict(weights)
-            return cls(config, parts, prior, tensors["deviation"], y_tables, z_tables, device, dtype, report)
+            skipped = stated.get("skipped", 0)  # the first models did not say
+            return cls(config, parts, prior, tensors["deviation"], y_tables, z_tables, device, dtype, report, skipped)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"expected the tensors of a shipped codec: {error}") from error
 
@@ -332,7 +336,7 @@ class ShippedCodec:
 def ship(model: TrainableCodec, report: ReportHead | None = None) -> tuple[dict[str, Tensor], str]:
     """Freeze a trained model: float16 transforms, integer prior and tables, and a JSON description of its shape."""
     with torch.no_grad():
-        prior = model.prior.exact(model.latent_gains())
+        prior = model.prior.integers(model.latent_gains())
         location, scale = model.z_prior.parameters_at(torch.arange(RATE_POINTS))
     tensors = {
         f"{name}.{key}": value.to(torch.float16)
@@ -358,18 +362,13 @@ def ship(model: TrainableCodec, report: ReportHead | None = None) -> tuple[dict[
         "config": asdict(model.config),
         "clamps": {name: [layer.low, layer.high] for name, layer in prior.layers.items()},
         "limits": {name: rescale.limit for name, rescale in rescales.items()},
+        "skipped": SKIPPED_LEVEL,
     }
     return {name: value.contiguous() for name, value in tensors.items()}, json.dumps(description, sort_keys=True)
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
-
-
-def _chosen(values: Tensor, mask: Tensor) -> list[Symbols]:
-    """Per photo the values (B, N, h, w) of one pass, in (channel, row, column) order."""
-    at = mask.flatten().nonzero()[:, 0]
-    return [_numpy(photo.flatten().index_select(0, at)) for photo in values]
 
 
 def _numpy(x: Tensor) -> Symbols:

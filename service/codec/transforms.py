@@ -19,6 +19,11 @@ GAIN_ANCHORS = (1.8, 14.0)
 """Latent gains that training starts from, at the smallest and at the best rate point."""
 
 
+def asinh(x: Tensor) -> Tensor:
+    """torch's own takes three times as long on a CPU."""
+    return (x.abs() + (x.square() + 1).sqrt()).log().copysign(x)
+
+
 def rate_position(rate: Tensor) -> Tensor:
     """Map rate indexes 0..7 to q in [0, 1]."""
     return rate.to(torch.float32) / (RATE_POINTS - 1)
@@ -77,7 +82,9 @@ class Resample(nn.Module):
                 return F.pixel_shuffle(self.conv(x), self.factor)
             if self.overlap:
                 return F.pixel_unshuffle(self.conv(x), self.factor)
-            return self.conv(F.pixel_unshuffle(x, self.factor))
+            # A pixel unshuffle and then the 1x1 convolution, as one of stride `factor`.
+            weight = self.conv.weight.view(len(self.conv.weight), -1, self.factor, self.factor)
+            return F.conv2d(x, weight, self.conv.bias, stride=self.factor)
 
 
 class Analysis(nn.Module):
@@ -147,6 +154,6 @@ class HyperAnalysis(nn.Module):
             h, w = y.shape[-2:]
             y = F.pad(y, (0, -w % 4, 0, -h % 4), mode="replicate")
             # A square-root-like squash: the largest coefficients are 100 times the typical one.
-            x = F.gelu(self.enter(torch.asinh(y)))
+            x = F.gelu(self.enter(asinh(y)))
             x = F.gelu(self.down1(x))
             return self.down2(F.gelu(x + self.local(x)))

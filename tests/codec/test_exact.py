@@ -9,12 +9,13 @@ from service.codec.exact import (
     FLOAT32_EXACT,
     LIMIT,
     IntegerLayer,
+    ScaledLayer,
     TrainableLayer,
     depthwise,
     pointwise,
-    requantise,
     straight_clamp,
 )
+from service.codec.prior import halves
 
 
 def layer_of(out: int, fan_in: int, seed: int, low: int = -LIMIT) -> IntegerLayer:
@@ -25,14 +26,18 @@ def layer_of(out: int, fan_in: int, seed: int, low: int = -LIMIT) -> IntegerLaye
 
 
 def inputs(b: int, c: int, h: int, w: int, seed: int, limit: int = LIMIT) -> torch.Tensor:
-    return torch.randint(-limit, limit + 1, (b, c, h, w), generator=torch.Generator().manual_seed(seed)).float()
+    return torch.randint(-limit, limit + 1, (b, h, w, c), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def ready(layer: IntegerLayer, dtype: torch.dtype = torch.float32) -> ScaledLayer:
+    return layer.scaled(torch.device("cpu"), dtype)
 
 
 @given(acc=st.integers(-(2**22), 2**22), shift=st.integers(0, 20))
-def test_requantise_rounds_half_up_exactly_like_integer_arithmetic(acc: int, shift: int) -> None:
+def test_a_scaled_layer_rounds_half_up_exactly_like_integer_arithmetic(acc: int, shift: int) -> None:
     expected = (acc + (1 << shift >> 1)) >> shift
-    got = requantise(torch.tensor(float(acc)), torch.tensor(float(shift)), -(2**24), 2**24)
-    assert int(got) == expected
+    one = IntegerLayer(torch.ones(1, 1), torch.full((8, 1), float(acc)), torch.tensor([float(shift)]), -(2**24), 2**24)
+    assert int(pointwise(torch.zeros(1, 1, 1, 1), ready(one), torch.tensor([2]))) == expected
 
 
 @given(seed=st.integers(0, 10**6), h=st.integers(1, 6), w=st.integers(1, 6))
@@ -42,28 +47,40 @@ def test_layers_agree_with_64_bit_integers(seed: int, h: int, w: int) -> None:
     x = inputs(2, 24, h, w, seed)
     point, deep = layer_of(16, 24, seed), layer_of(24, 9, seed + 1)
     assert point.bound(LIMIT) < FLOAT32_EXACT
-    acc = torch.einsum("oi,bihw->bohw", point.weight.long(), x.long()) + point.bias.long()[rate][:, :, None, None]
-    half = (1 << point.shift.long() >> 1)[:, None, None]
-    expected = ((acc + half) >> point.shift.long()[:, None, None]).clamp(point.low, point.high)
-    assert torch.equal(pointwise(x, point, rate).long(), expected)
+    acc = torch.einsum("oi,bhwi->bhwo", point.weight.long(), x.long()) + point.bias.long()[rate][:, None, None]
+    expected = ((acc + (1 << point.shift.long() >> 1)) >> point.shift.long()).clamp(point.low, point.high)
+    assert torch.equal(pointwise(x, ready(point), rate).long(), expected)
     kernel = deep.weight.double().reshape(24, 1, 3, 3)
-    acc = torch.nn.functional.conv2d(x.double(), kernel, padding=1, groups=24) + deep.bias[rate][:, :, None, None]
-    expected = (acc.long() + (1 << deep.shift.long() >> 1)[:, None, None]) >> deep.shift.long()[:, None, None]
-    assert torch.equal(depthwise(x, deep, rate).long(), expected.clamp(deep.low, deep.high))
+    acc = torch.nn.functional.conv2d(x.double().permute(0, 3, 1, 2), kernel, padding=1, groups=24)
+    acc = acc.permute(0, 2, 3, 1).long() + deep.bias.long()[rate][:, None, None]
+    expected = (acc + (1 << deep.shift.long() >> 1)) >> deep.shift.long()
+    assert torch.equal(depthwise(x, ready(deep), rate).long(), expected.clamp(deep.low, deep.high))
 
 
 def test_order_of_summation_does_not_matter() -> None:
     x, layer, rate = inputs(3, 512, 9, 5, 1), layer_of(64, 512, 2), torch.tensor([0, 4, 7])
     order = torch.randperm(512, generator=torch.Generator().manual_seed(3))
     shuffled = IntegerLayer(layer.weight[:, order], layer.bias, layer.shift, layer.low, layer.high)
-    carrier = layer.to(torch.device("cpu"), torch.float64)
-    reference = pointwise(x.double(), carrier, rate).float()
+    reference = pointwise(x.double(), ready(layer, torch.float64), rate).float()
     small = IntegerLayer((layer.weight / 16).round(), layer.bias, layer.shift, layer.low, layer.high)
     assert small.bound(LIMIT) < FLOAT32_EXACT < layer.bound(LIMIT)
     small_shuffled = IntegerLayer(small.weight[:, order], small.bias, small.shift, small.low, small.high)
-    assert torch.equal(pointwise(x, small, rate), pointwise(x[:, order], small_shuffled, rate))
-    double = shuffled.to(torch.device("cpu"), torch.float64)
-    assert torch.equal(pointwise(x[:, order].double(), double, rate).float(), reference)
+    assert torch.equal(pointwise(x, ready(small), rate), pointwise(x[..., order], ready(small_shuffled), rate))
+    assert torch.equal(pointwise(x[..., order].double(), ready(shuffled, torch.float64), rate).float(), reference)
+
+
+@given(h=st.integers(1, 5), w=st.integers(1, 5), seed=st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_the_halves_are_a_checkerboard_in_coding_order(h: int, w: int, seed: int) -> None:
+    y = inputs(2, 6, h, w, seed)
+    c, i, j = (torch.arange(n) for n in (6, h, w))
+    black = (c[:, None, None] + i[:, None] + j) % 2 == 0
+    whole = torch.zeros_like(y)
+    for half, mask in zip(halves(h, w, torch.device("cpu")), (black, ~black)):
+        values = half.gathered(y)
+        assert torch.equal(values, y.permute(0, 3, 1, 2)[:, mask])
+        whole += half.placed(values, h, w)
+    assert torch.equal(whole, y)
 
 
 def test_a_trainable_layer_is_exact_in_float32_by_construction() -> None:
@@ -85,9 +102,9 @@ def test_a_trainable_layer_is_exact_in_float32_by_construction() -> None:
 def test_training_and_shipping_arithmetic_are_the_same() -> None:
     layer, rate = TrainableLayer(32, 16), torch.arange(8)
     x = inputs(8, 32, 4, 4, 7)
-    trained = pointwise(x, layer.integers(torch.linspace(0, 1, 8)), rate)
+    trained = pointwise(x, ready(layer.integers(torch.linspace(0, 1, 8))), rate)
     with torch.no_grad():
-        shipped = pointwise(x, layer.integers(torch.linspace(0, 1, 8)), rate)
+        shipped = pointwise(x, ready(layer.integers(torch.linspace(0, 1, 8))), rate)
     assert trained.requires_grad
     assert torch.equal(trained, shipped)
 
