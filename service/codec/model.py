@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from service.codec.config import RATE_POINTS, CodecConfig
 from service.codec.exact import straight_clamp, straight_round
 from service.codec.prior import MEAN_FRACTION, Half, PriorNet, PriorOutput, halves
-from service.codec.tables import SKIPPED_LEVEL, Z_LIMIT, level_to_scale
+from service.codec.tables import Z_LIMIT, level_to_scale
 from service.codec.transforms import GAIN_ANCHORS, Analysis, HyperAnalysis, Synthesis, rate_position
 
 _LEAST_LIKELIHOOD = 2.0**-16
@@ -124,7 +124,7 @@ class TrainableCodec(nn.Module):
             h, w = y.shape[-2:]
             zero, one = halves(h, w, y.device)
             features = prior.features(z_hat, rate, h, w)
-            skipped = -1 if self.training else SKIPPED_LEVEL
+            skipped = -1 if self.training else self.config.skipped
             first = _Seen.by(prior.first_pass(features, rate, zero), zero, y, skipped)
             known = zero.placed(first.y_hat, h, w)
             second = _Seen.by(prior.second_pass(features, known * _UNIT, rate, one), one, y, skipped)

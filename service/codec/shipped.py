@@ -39,7 +39,7 @@ from service.codec.rans import (
     concatenate,
 )
 from service.codec.report import ReportHead
-from service.codec.tables import SKIPPED_LEVEL, Z_LIMIT, CdfTables, gaussian_tables, logistic_tables
+from service.codec.tables import Z_LIMIT, CdfTables, gaussian_tables, logistic_tables
 from service.codec.transforms import Analysis, HyperAnalysis, Synthesis
 
 _UNIT = 2**MEAN_FRACTION
@@ -96,7 +96,6 @@ class ShippedCodec:
         y_tables: a table per scale level. z_tables: a table per rate point and channel, rate-major.
         dtype: of the products in g_a and g_s.
         report: tells what is wrong with a photo; None for a model that has no opinion.
-        skipped: latents up to this scale level are never coded and always equal to their mean.
     """
 
     def __init__(
@@ -110,9 +109,8 @@ class ShippedCodec:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         report: ReportHead | None = None,
-        skipped: int = 0,
     ) -> None:
-        self.config, self.device, self.skipped = config, device, skipped
+        self.config, self.device = config, device
         self.g_a, self.g_s, self.h_a = transforms
         for part in transforms:
             part.to(device).to(memory_format=torch.channels_last)
@@ -178,7 +176,7 @@ class ShippedCodec:
 
     def _quantise(self, y: Tensor, output: PriorOutput) -> Tensor:
         symbols = y.sub(output.mean, alpha=1 / _UNIT).round_().clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT)
-        return symbols.masked_fill_(output.level <= self.skipped, 0)
+        return symbols.masked_fill_(output.level <= self.config.skipped, 0)
 
     def write(self, latents: LatentSymbols) -> Coded:
         """Entropy-code one photo."""
@@ -186,7 +184,7 @@ class ShippedCodec:
         channels = self._z_channels(len(latents.z))
         encoder.add(latents.z, channels, self.z_tables[latents.rate])
         for symbols, levels in latents.passes:
-            coded = levels > self.skipped
+            coded = levels > self.config.skipped
             symbols, levels = symbols[coded], levels[coded]
             clipped = self.y_tables.clip(symbols, levels)
             encoder.add(clipped, levels, self.y_tables)
@@ -220,7 +218,7 @@ class ShippedCodec:
             """The symbols of one pass; moves `starts` on."""
             symbols = [np.zeros(len(one), np.int32) for one in levels]
             for index, (decoder, listed) in enumerate(zip(decoders, outliers)):
-                wanted = levels[index] > self.skipped
+                wanted = levels[index] > self.config.skipped
                 taken = decoder.take(levels[index][wanted], self.y_tables)
                 symbols[index][wanted] = listed.within(starts[index], len(taken)).apply(taken)
                 starts[index] += len(taken)
@@ -327,8 +325,7 @@ class ShippedCodec:
             if weights := _below(tensors, "report"):
                 report = ReportHead(config)
                 report.load_state_dict(weights)
-            skipped = stated.get("skipped", 0)  # the first models did not say
-            return cls(config, parts, prior, tensors["deviation"], y_tables, z_tables, device, dtype, report, skipped)
+            return cls(config, parts, prior, tensors["deviation"], y_tables, z_tables, device, dtype, report)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"expected the tensors of a shipped codec: {error}") from error
 
@@ -362,7 +359,6 @@ def ship(model: TrainableCodec, report: ReportHead | None = None) -> tuple[dict[
         "config": asdict(model.config),
         "clamps": {name: [layer.low, layer.high] for name, layer in prior.layers.items()},
         "limits": {name: rescale.limit for name, rescale in rescales.items()},
-        "skipped": SKIPPED_LEVEL,
     }
     return {name: value.contiguous() for name, value in tensors.items()}, json.dumps(description, sort_keys=True)
 

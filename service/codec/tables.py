@@ -20,10 +20,6 @@ SCALE_STEP = 0.123  # nats between levels: 0.11 to 255, the range of CompressAI'
 Z_LIMIT = 63
 PRECISION = 16
 
-SKIPPED_LEVEL = 6
-"""Latents up to this level, a deviation of 0.23, are not coded by models that are made today. That is two fifths of
-those above the lowest level; the few bits that they would get buy less than elsewhere: 0.3 to 0.6% BD-rate (Kodak)."""
-
 
 def scale_to_level(scale: Tensor) -> Tensor:
     """The (fractional) level of a deviation, not clamped."""
