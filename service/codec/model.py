@@ -27,9 +27,11 @@ _UNIT = 2.0**MEAN_FRACTION
 
 @dataclass(frozen=True)
 class CodecOutput:
-    """x_hat: (B, 3, H, W), not clipped. y_bits, z_bits: (B,), estimated bits per photo."""
+    """x_hat: (B, 3, H, W), not clipped; y, y_hat: (B, N, H/16, W/16); y_bits, z_bits: (B,), estimated per photo."""
 
     x_hat: Tensor
+    y: Tensor
+    y_hat: Tensor
     y_bits: Tensor
     z_bits: Tensor
 
@@ -140,4 +142,4 @@ class TrainableCodec(nn.Module):
             )
             y_bits = (gaussian_bits(y_seen - mean, level_to_scale(level)) * (level > skipped)).sum(1)
             z_bits = self.z_prior(z_seen, rate)
-        return CodecOutput(self.g_s(y_hat, rate), y_bits, z_bits)
+        return CodecOutput(self.g_s(y_hat, rate), y, y_hat, y_bits, z_bits)
