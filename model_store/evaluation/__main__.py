@@ -26,7 +26,7 @@ from tqdm import tqdm
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
 from model_store.evaluation.conditions import SETS, psnr, samples
 from model_store.evaluation.features import Watched, draw_embedding, draw_maps
-from model_store.evaluation.report import RESULTS, Record, curves, plot, read_records, table
+from model_store.evaluation.report import RESULTS, Record, curves, plot, published_table, read_records, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
 from model_store.training.photos import photo_paths
 
@@ -141,7 +141,7 @@ def _report(args: argparse.Namespace) -> None:
     name = args.name or index["default"]
     paths = [args.results / f"{kind}-{photos}.json" for photos in SETS for kind in ("peers", "cascade", name)]
     records = read_records(path for path in paths if path.exists())
-    text = table(records)
+    text = table(records) + "\n\n" + published_table(records)
     print(text)
     (args.results / f"{name}.md").write_text(text + "\n")
     for drawn in plot(records, args.results):

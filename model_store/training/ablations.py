@@ -42,6 +42,10 @@ def _silence(branch: str) -> Callable[[TrainableCodec], None]:
     return prepare
 
 
+def _with_noise(model: TrainableCodec) -> None:
+    model.noisy = True
+
+
 def _without_context(model: TrainableCodec) -> None:
     model.prior.context_limit = 0
 
@@ -72,6 +76,7 @@ VARIANTS = (
     Variant("cold start", warm=False),
     Variant("one pass (no context)", _without_context),
     Variant("integers after training", quantised=False),
+    Variant("noise instead of rounding", _with_noise),
 )
 
 
@@ -95,7 +100,7 @@ def _trained(variant: Variant, args: argparse.Namespace) -> Path:
     with nullcontext() if variant.quantised else _float_prior():
         return train(
             photos=args.photos, run=args.run / variant.name.replace(" ", "-"), size="edge", schedule=schedule,
-            batch=8, crop=160, seed=3, warm=variant.warm, prepare=variant.prepare, compile_blocks=args.minutes > 1,
+            batch=8, crop=128, seed=3, warm=variant.warm, prepare=variant.prepare, compile_blocks=args.minutes > 1,
         )  # fmt: skip
 
 

@@ -87,7 +87,13 @@ class _Seen:
 
 
 class TrainableCodec(nn.Module):
-    """All parameters of one model, for training; see the module's drawing."""
+    """All parameters of one model, for training; see the module's drawing.
+
+    Attributes:
+        noisy: in training g_s sees latents with uniform noise instead of rounded ones.
+    """
+
+    noisy = False
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -131,6 +137,8 @@ class TrainableCodec(nn.Module):
             known = zero.placed(first.y_hat, h, w)
             second = _Seen.by(prior.second_pass(features, known * _UNIT, rate, one), one, y, skipped)
             y_hat = (known + one.placed(second.y_hat, h, w)).permute(0, 3, 1, 2)
+            if self.training and self.noisy:
+                y_hat = y + torch.rand_like(y) - 0.5
             mean, level, seen, rounded = (
                 torch.cat(parts, 1)
                 for parts in zip(*((part.mean, part.level, part.y, part.y_hat) for part in (first, second)))

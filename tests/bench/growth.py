@@ -11,7 +11,6 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import httpx2
 from matplotlib.figure import Figure
@@ -20,11 +19,10 @@ from service.engine import EncodeJob, Engine
 from service.settings import Settings
 from service.store import ModelStore
 from tests.bench.load import upload
-from tests.bench.machine import machine
+from tests.bench.machine import machine, result_file
 from tests.bench.speed import large, seconds
 from tests.served import served
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = ((256, 384), (512, 768), (1024, 1536), (2000, 3000), (3000, 4000), (4480, 5580), (6000, 8333))
 BATCHES, CLIENTS = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32)
 
@@ -67,7 +65,7 @@ def main() -> None:
         by_clients(1, data, base, 2)
         clients = [{"clients": count, "photos_per_s": by_clients(count, data, base)} for count in CLIENTS]
     report = {"machine": machine(), "pixels": pixels, "batches": batches, "clients": clients}
-    (RESULTS / "growth.json").write_text(json.dumps(report, indent=2) + "\n")
+    result_file("growth").write_text(json.dumps(report, indent=2) + "\n")
     draw(pixels, batches, clients)
 
 
@@ -91,7 +89,7 @@ def draw(pixels: list[dict[str, float]], batches: list[dict[str, float]], client
     for axes in (time_axes, batch_axes, client_axes):
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    figure.savefig(RESULTS / "growth.png", dpi=110)
+    figure.savefig(result_file("growth", "png"), dpi=110)
     for row in (*pixels, *batches, *clients):
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
 

@@ -18,11 +18,9 @@ import httpx2
 import numpy as np
 import psutil
 
-from tests.bench.machine import machine
+from tests.bench.machine import machine, result_file
 from tests.conftest import image_bytes, noisy, photo
 from tests.served import served
-
-RESULT = Path(__file__).parent / "results" / "latency.json"
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def _measure(call: Callable[[], httpx2.Response], repeats: int) -> tuple[httpx2.
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.latency", description=__doc__)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path, default=RESULT)
+    parser.add_argument("--json", type=Path, default=result_file("latency"))
     args = parser.parse_args()
     upload = image_bytes(noisy(np.tile(photo("parrots"), (2, 3, 1))))
     rows = []

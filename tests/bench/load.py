@@ -31,11 +31,9 @@ from service.engine import EncodeJob, Engine, Photo
 from service.imaging import read_photo
 from service.settings import Settings
 from service.store import ModelStore
-from tests.bench.machine import machine
+from tests.bench.machine import machine, result_file
 from tests.conftest import image_bytes, noisy, photo
 from tests.served import served
-
-RESULT = Path(__file__).parent / "results" / "load.json"
 
 Report = dict[str, object]
 
@@ -307,7 +305,7 @@ PARTS: dict[str, Callable[[Report], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.load", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--json", type=Path, default=RESULT)
+    parser.add_argument("--json", type=Path, default=result_file("load"))
     args = parser.parse_args()
     report: Report = json.loads(args.json.read_text()) if args.json.exists() else {}
     report |= {"machine": machine()}

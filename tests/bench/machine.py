@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
+
+
+def result_file(name: str, suffix: str = "json") -> Path:
+    """Where a benchmark leaves what it found: a file per kind of CPU, since the transforms' precision depends on it."""
+    kind = torch.backends.cpu.get_cpu_capability().lower()
+    return Path(__file__).parent / "results" / f"{name}-{kind}.{suffix}"
 
 
 def machine() -> dict[str, object]:

@@ -34,10 +34,9 @@ from service.engine import EncodeJob, Engine, Photo, StageTimes
 from service.settings import Settings
 from service.store import ModelStore
 from tests.bench.load import upload
-from tests.bench.machine import machine
+from tests.bench.machine import machine, result_file
 from tests.served import served
 
-RESULT = Path(__file__).parent / "results" / "speed.json"
 PIXELS = 768 * 512
 
 
@@ -209,7 +208,7 @@ def table(report: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, str
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.speed", description=__doc__)
-    parser.add_argument("--json", type=Path, default=RESULT)
+    parser.add_argument("--json", type=Path, default=result_file("speed"))
     args = parser.parse_args()
     engine = Engine(ModelStore(Settings().store), "cpu")
     engine.warm_up()
