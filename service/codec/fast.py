@@ -148,7 +148,11 @@ class _FeedForward(nn.Module):
 def _add(x: Tensor, branch: Branch, reach: int) -> None:
     """x += branch(x) in place, strip by strip, for a branch that reaches so many rows up and down."""
     height, above = x.shape[1], x[:, :0]
-    for top, bottom in _strips(height, x.shape[2]):
+    strips = _strips(height, x.shape[2])
+    if len(strips) == 1:
+        x += branch(x)
+        return
+    for top, bottom in strips:
         seen = torch.cat([above, x[:, top : min(height, bottom + reach)]], 1)
         first, last = above.shape[1], above.shape[1] + bottom - top
         x[:, top:bottom] += branch(seen)[:, first:last]
