@@ -18,7 +18,7 @@ from model_store.degradations import TRAINING, Kind, degrade_measured
 from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool, toned
 from model_store.training.warm_start import warm_start
-from model_store.training.weights import weights_to_start_from
+from model_store.training.weights import trained_lambdas, weights_to_start_from
 from service.codec.config import CONFIGS, RATE_POINTS
 from service.codec.device import pick_device, transform_precision
 from service.codec.model import TrainableCodec
@@ -41,7 +41,7 @@ UPLOAD_JPEG = 0.1
 
 AGAIN_EVERY, AGAIN_WEIGHT = 6, 10.0
 """Every so many steps the photos are ones that the model has compressed before: copies of copies must not fade. Their
-latents shall be those of before: bits per pixel that a squared distance of one per latent and pixel costs."""
+latents shall be those of before; the weight is that of the squared distances, summed over latents, per pixel."""
 
 LOG_EVERY = 50
 CHECKPOINT_SECONDS = 180
@@ -143,8 +143,10 @@ def _groups(model: TrainableCodec, schedule: Schedule) -> list[dict[str, object]
 
 @torch.no_grad()
 def _compressed_before(model: TrainableCodec, data: Batch) -> tuple[Batch, Tensor]:
-    """The clean photos of a batch as the model gives them back, which is also how it is to give those back; y_hat."""
+    """The clean photos of a batch as the model would ship gives them back, to be given back just so; and y_hat."""
+    model.eval()
     out = model(data.clean, data.rate)
+    model.train()
     copy = (out.x_hat.float().clamp(0, 1) * 255).round() / 255
     return replace(data, degraded=copy, clean=copy, kinds=[() for _ in data.kinds]), out.y_hat
 
@@ -171,7 +173,7 @@ def train(
         prepare: is shown the model before its first step.
 
     Raises:
-        ValueError: no usable photos, or a crop that is no multiple of 16.
+        ValueError: no usable photos, a crop that is no multiple of 16, or a run with another range of lambda.
     """
     if crop % 16:
         raise ValueError(f"expected a crop that is a multiple of 16, got {crop}")
@@ -195,6 +197,9 @@ def train(
     step, seconds = 0, 0.0
     if path.exists():
         state = torch.load(path, map_location=where, weights_only=True)
+        if trained_lambdas(state["record"]) != LAMBDA_RANGE:
+            raise ValueError(f"expected a run with lambda from {LAMBDA_RANGE[0]:g} to {LAMBDA_RANGE[1]:g} in {run}; "
+                             "start another one from its weights (--start-from)")  # fmt: skip
         model.load_state_dict(state["model"])
         ema.mean = state["ema"]
         optimizer.load_state_dict(state["optimizer"])

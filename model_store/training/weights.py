@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -31,7 +33,7 @@ def keep_weights(checkpoint: Path, path: Path) -> None:
         if not torch.isfinite(value).all():
             raise ValueError(f"expected weights within float16, {name} reaches {float(mean[name].abs().max()):g}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    low, high = _lambda_range(state["record"])
+    low, high = trained_lambdas(state["record"])
     save_file(halved, path, {_LOW: str(low), _HIGH: str(high)})
 
 
@@ -49,14 +51,15 @@ def weights_to_start_from(path: Path) -> dict[str, Tensor]:
 def _read(path: Path) -> tuple[dict[str, Tensor], tuple[float, float]]:
     if path.suffix != ".safetensors":
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(state["ema"]), _lambda_range(state["record"])
+        return dict(state["ema"]), trained_lambdas(state["record"])
     with safe_open(path, framework="pt") as opened:
-        trained = _lambda_range(opened.metadata() or {})
+        trained = trained_lambdas(opened.metadata() or {})
     weights = load_file(path)
     return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}, trained
 
 
-def _lambda_range(record: dict[str, str]) -> tuple[float, float]:
+def trained_lambdas(record: Mapping[str, Any]) -> tuple[float, float]:
+    """The range of lambda that a run's record, or a file's metadata, tells."""
     low, high = FIRST_LAMBDA_RANGE
     return float(record.get(_LOW, low)), float(record.get(_HIGH, high))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from service.codec.blocks import ContentAggregation
 from service.codec.config import CONFIGS, CodecConfig
 from service.codec.model import TrainableCodec
+from service.codec.transforms import Resample
 
 _SIDE = 256
 
@@ -39,6 +40,8 @@ def _transform_macs(module: nn.Module, *inputs: Tensor) -> int:
         nonlocal total
         if isinstance(layer, nn.Conv2d):
             total += output.numel() * layer.weight[0].numel()
+        elif isinstance(layer, Resample) and not (layer.up or layer.overlap):  # convolves by itself
+            total += output.numel() * layer.conv.weight[0].numel()
         elif isinstance(layer, ContentAggregation):
             total += 2 * output.numel() * layer.group  # q k^T and its product with v
 

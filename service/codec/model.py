@@ -71,7 +71,7 @@ class FactorizedPrior(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Pass:
     """One pass over its half of the latents, all (B, n) in coding order: what the prior says, y, and y rounded."""
 
     mean: Tensor
@@ -80,10 +80,15 @@ class _Seen:
     y_hat: Tensor
 
     @classmethod
-    def by(cls, output: PriorOutput, half: Half, y: Tensor, skipped: int) -> _Seen:
+    def of(cls, output: PriorOutput, half: Half, y: Tensor, skipped: int) -> _Pass:
         mean, seen = output.mean / _UNIT, half.gathered(y.permute(0, 2, 3, 1))
         steps = straight_round(seen - mean).masked_fill(output.level <= skipped, 0)
         return cls(mean, output.level, seen, mean + steps)
+
+    def bits(self, training: bool, skipped: int) -> Tensor:
+        """Per photo, with uniform noise in place of rounding where training."""
+        seen = self.y + torch.rand_like(self.y) - 0.5 if training else self.y_hat
+        return (gaussian_bits(seen - self.mean, level_to_scale(self.level)) * (self.level > skipped)).sum(1)
 
 
 class TrainableCodec(nn.Module):
@@ -128,26 +133,17 @@ class TrainableCodec(nn.Module):
         with torch.autocast(y.device.type, enabled=False):
             z = self.h_a(self.normalise(y, rate))
             z_hat = straight_clamp(straight_round(z), -Z_LIMIT, Z_LIMIT)
-            prior = self.prior.integers(self.latent_gains()).trained()
+            prior = self.prior.integers(self.latent_gains()).on(y.device, torch.float32)
             h, w = y.shape[-2:]
-            zero, one = halves(h, w, y.device)
+            half0, half1 = halves(h, w, y.device)
             features = prior.features(z_hat, rate, h, w)
             skipped = -1 if self.training else self.config.skipped
-            first = _Seen.by(prior.first_pass(features, rate, zero), zero, y, skipped)
-            known = zero.placed(first.y_hat, h, w)
-            second = _Seen.by(prior.second_pass(features, known * _UNIT, rate, one), one, y, skipped)
-            y_hat = (known + one.placed(second.y_hat, h, w)).permute(0, 3, 1, 2)
+            first = _Pass.of(prior.first_pass(features, rate, half0), half0, y, skipped)
+            known = half0.placed(first.y_hat, h, w)
+            second = _Pass.of(prior.second_pass(features, known * _UNIT, rate, half1), half1, y, skipped)
+            y_hat = (known + half1.placed(second.y_hat, h, w)).permute(0, 3, 1, 2)
             if self.training and self.noisy:
                 y_hat = y + torch.rand_like(y) - 0.5
-            mean, level, seen, rounded = (
-                torch.cat(parts, 1)
-                for parts in zip(*((part.mean, part.level, part.y, part.y_hat) for part in (first, second)))
-            )
-            y_seen, z_seen = (
-                (seen + torch.rand_like(seen) - 0.5, z + torch.rand_like(z) - 0.5)
-                if self.training
-                else (rounded, z_hat)
-            )
-            y_bits = (gaussian_bits(y_seen - mean, level_to_scale(level)) * (level > skipped)).sum(1)
-            z_bits = self.z_prior(z_seen, rate)
+            y_bits = first.bits(self.training, skipped) + second.bits(self.training, skipped)
+            z_bits = self.z_prior(z + torch.rand_like(z) - 0.5 if self.training else z_hat, rate)
         return CodecOutput(self.g_s(y_hat, rate), y, y_hat, y_bits, z_bits)

@@ -50,9 +50,10 @@ _CONTEXT_MANTISSA = 255
 
 @dataclass(frozen=True)
 class Half:
-    """The latents of one pass: the even channels at some positions (rows of h*w), the odd ones at all others.
+    """The latents of one pass. In coding order they go by channel, then row, then column.
 
-    In coding order, latents go by channel, then row, then column.
+    Attributes:
+        even, odd: indexes into the h*w positions: where the even and where the odd channels belong to this half.
     """
 
     even: Tensor
@@ -125,8 +126,9 @@ class ScaledRescale:
     limit: int
 
     def __call__(self, x: Tensor, rate: Tensor) -> Tensor:
-        """x: (B, positions, C) integers."""
-        return requantise(x * self.factor[rate][:, None] + 0.5, -self.limit, self.limit)
+        """x: (B, ..., C) integers."""
+        factor = self.factor[rate].view(len(rate), *(1,) * (x.ndim - 2), -1)
+        return requantise(x * factor + 0.5, -self.limit, self.limit)
 
     def outputs(self, first: int) -> ScaledRescale:
         """Every second channel from `first` on."""
@@ -141,25 +143,20 @@ class IntegerPrior:
     mean_rescale: Rescale
     context_rescale: Rescale
 
-    def on(self, device: torch.device) -> ExactPrior:
-        """Ready to run on a device, each layer in the narrowest carrier that is exact for it.
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> ExactPrior:
+        """Ready to run on a device.
+
+        Args:
+            dtype: carrier of every layer; None takes for each the narrowest that is exact for it. Layers that are being
+                trained are exact in float32 by construction.
 
         Raises:
             ValueError: a layer could leave float64's exact range.
         """
-        return self._scaled({name: layer.scaled(device, carrier(name, layer)) for name, layer in self.layers.items()},
-                            device)  # fmt: skip
-
-    def trained(self) -> ExactPrior:
-        """Ready to train: every layer is exact in float32 by construction."""
-        device = self.mean_rescale.factor.device
-        return self._scaled({name: layer.scaled(device, torch.float32) for name, layer in self.layers.items()}, device)
-
-    def _scaled(self, layers: dict[str, ScaledLayer], device: torch.device) -> ExactPrior:
-        whole = {name: layer for name, layer in layers.items() if name not in _OUTPUTS}
-        split = {name: (layers[name].outputs(0), layers[name].outputs(1)) for name in _OUTPUTS}
+        layers = {name: layer.scaled(device, dtype or carrier(name, layer)) for name, layer in self.layers.items()}
+        outputs = {name: (layers[name].outputs(0), layers.pop(name).outputs(1)) for name in _OUTPUTS}
         mean = self.mean_rescale.scaled(device)
-        return ExactPrior(whole, split, (mean.outputs(0), mean.outputs(1)), self.context_rescale.scaled(device))
+        return ExactPrior(layers, outputs, (mean.outputs(0), mean.outputs(1)), self.context_rescale.scaled(device))
 
 
 @dataclass(frozen=True)
@@ -202,9 +199,7 @@ class ExactPrior:
 
     def second_pass(self, features: Tensor, y_hat: Tensor, rate: Tensor, half: Half) -> PriorOutput:
         """y_hat: (B, h, w, N) in sixteenths, zero where pass 1, whose half it is, has yet to speak."""
-        shape = y_hat.shape
-        known = straight_clamp(y_hat, -MEAN_LIMIT, MEAN_LIMIT).flatten(1, 2)
-        known = self.context_rescale(known, rate).view(shape)
+        known = self.context_rescale(straight_clamp(y_hat, -MEAN_LIMIT, MEAN_LIMIT), rate)
         near = self._run(depthwise, "second_near", known, rate)
         wide = self._run(depthwise, "second_wide", known, rate)
         x = self._run(pointwise, "second_merge", torch.cat([features, known, near, wide], -1), rate)

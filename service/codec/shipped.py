@@ -158,20 +158,17 @@ class ShippedCodec:
     def symbols_of(self, y: Tensor, z_hat: Tensor, rate: Tensor) -> list[LatentSymbols]:
         """Quantise y around the exact means, pass by pass."""
         h, w = y.shape[-2:]
-        zero, one = halves(h, w, y.device)
+        half0, half1 = halves(h, w, y.device)
         features = self.prior.features(z_hat, rate, h, w)
         y = y.permute(0, 2, 3, 1)
-        first = self.prior.first_pass(features, rate, zero)
-        symbols0 = self._quantise(zero.gathered(y), first)
-        known = zero.placed(first.mean.add_(symbols0, alpha=_UNIT), h, w)
-        second = self.prior.second_pass(features, known, rate, one)
-        symbols1 = self._quantise(one.gathered(y), second)
-        zeros, ones = (
-            [(_numpy(one), _numpy(level)) for one, level in zip(symbols, output.level)]
-            for symbols, output in ((symbols0, first), (symbols1, second))
-        )
+        output = self.prior.first_pass(features, rate, half0)
+        symbols = self._quantise(half0.gathered(y), output)
+        pass0 = _pairs(symbols, output.level)
+        known = half0.placed(output.mean.add_(symbols, alpha=_UNIT), h, w)
+        output = self.prior.second_pass(features, known, rate, half1)
+        pass1 = _pairs(self._quantise(half1.gathered(y), output), output.level)
         return [
-            LatentSymbols(*each) for each in zip(rate.tolist(), [_numpy(z.flatten()) for z in z_hat], zip(zeros, ones))
+            LatentSymbols(*each) for each in zip(rate.tolist(), [_numpy(z.flatten()) for z in z_hat], zip(pass0, pass1))
         ]
 
     def _quantise(self, y: Tensor, output: PriorOutput) -> Tensor:
@@ -198,6 +195,7 @@ class ShippedCodec:
 
     # --- decoding ---------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def read(self, coded: Sequence[Coded], rate: Tensor, h: int, w: int, on_device: OnDevice = _here) -> Tensor:
         """Decode streams of one latent size (h, w) to y_hat (B, N, h, w) float32.
 
@@ -224,31 +222,32 @@ class ShippedCodec:
                 starts[index] += len(taken)
             return symbols
 
-        def first_pass() -> tuple[Tensor, PriorOutput, list[Symbols]]:
+        def latents_of(run: Callable[[], PriorOutput], half: Half) -> Tensor:
+            """The latents of one pass in sixteenths, zero elsewhere. The rest, much for a large photo, is dropped."""
+
+            def told() -> tuple[Tensor, list[Symbols]]:
+                output = run()
+                return output.mean, [_numpy(level) for level in output.level]
+
+            def placed() -> Tensor:
+                steps = torch.from_numpy(symbols).to(self.device, torch.float32)
+                return half.placed(steps.mul_(_UNIT).add_(mean), h, w)
+
+            mean, levels = on_device(told)
+            symbols = np.stack(decode(levels))
+            return on_device(placed)
+
+        def start() -> tuple[tuple[Half, Half], Tensor]:
             z_hat = torch.from_numpy(np.stack(z).reshape(-1, hyper, zh, zw)).to(self.device, torch.float32)
-            features = self.prior.features(z_hat, rate, h, w)
-            output = self.prior.first_pass(features, rate, zero)
-            return features, output, [_numpy(level) for level in output.level]
+            return halves(h, w, self.device), self.prior.features(z_hat, rate, h, w)
 
-        def second_pass() -> tuple[PriorOutput, list[Symbols]]:
-            output = self.prior.second_pass(features, known, rate, one)
-            return output, [_numpy(level) for level in output.level]
-
-        def placed(symbols: list[Symbols], output: PriorOutput, half: Half) -> Tensor:
-            """The latents of one pass in sixteenths, zero elsewhere."""
-            steps = torch.from_numpy(np.stack(symbols)).to(self.device, torch.float32)
-            return half.placed(steps.mul_(_UNIT).add_(output.mean), h, w)
-
-        zero, one = halves(h, w, self.device)
-        features, output, levels = on_device(first_pass)
-        symbols = decode(levels)
-        known = on_device(lambda: placed(symbols, output, zero))
-        output, levels = on_device(second_pass)
-        symbols = decode(levels)
-        for start, listed in zip(starts, outliers):
-            if len(listed.position) and listed.position[-1] >= start:
-                raise CorruptPayload(f"outliers: position {listed.position[-1]} of {start} coded latents")
-        return on_device(lambda: placed(symbols, output, one).add_(known).div_(_UNIT).permute(0, 3, 1, 2))
+        (half0, half1), features = on_device(start)
+        known = latents_of(lambda: self.prior.first_pass(features, rate, half0), half0)
+        rest = latents_of(lambda: self.prior.second_pass(features, known, rate, half1), half1)
+        for count, listed in zip(starts, outliers):
+            if len(listed.position) and listed.position[-1] >= count:
+                raise CorruptPayload(f"outliers: position {listed.position[-1]} of {count} coded latents")
+        return on_device(lambda: rest.add_(known).div_(_UNIT).permute(0, 3, 1, 2))
 
     @torch.inference_mode()
     def synthesise(self, y_hat: Tensor, rate: Tensor) -> Tensor:
@@ -265,16 +264,16 @@ class ShippedCodec:
         z_hat = self._pattern(self.config.hyper, 3, 2, 23, 1) - 11
         y_hat = (self._pattern(self.config.latents, h, w, 4001, 2) - 2000).permute(0, 2, 3, 1)
         features = self.prior.features(z_hat, rate, h, w)
-        zero, one = halves(h, w, self.device)
-        y_hat = zero.placed(zero.gathered(y_hat), h, w)
+        half0, half1 = both = halves(h, w, self.device)
+        y_hat = half0.placed(half0.gathered(y_hat), h, w)
         passes = (
-            [self.prior.first_pass(features, rate, half) for half in (zero, one)],
-            [self.prior.second_pass(features, y_hat, rate, half) for half in (zero, one)],
+            [self.prior.first_pass(features, rate, half) for half in both],
+            [self.prior.second_pass(features, y_hat, rate, half) for half in both],
         )
         digest = hashlib.sha256()
-        for at_zero, at_one in passes:
-            for here, there in ((at_zero.mean, at_one.mean), (at_zero.level, at_one.level)):
-                whole = (zero.placed(here, h, w) + one.placed(there, h, w)).permute(0, 3, 1, 2)
+        for output0, output1 in passes:
+            for part0, part1 in ((output0.mean, output1.mean), (output0.level, output1.level)):
+                whole = (half0.placed(part0, h, w) + half1.placed(part1, h, w)).permute(0, 3, 1, 2)
                 digest.update(whole.to(torch.int32).cpu().numpy().astype("<i4").tobytes())
         return digest.hexdigest()
 
@@ -365,6 +364,11 @@ def ship(model: TrainableCodec, report: ReportHead | None = None) -> tuple[dict[
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
+
+
+def _pairs(symbols: Tensor, levels: Tensor) -> list[tuple[Symbols, Symbols]]:
+    """Both (B, n). Returns them photo by photo."""
+    return [(_numpy(one), _numpy(level)) for one, level in zip(symbols, levels)]
 
 
 def _numpy(x: Tensor) -> Symbols:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+from service.codec.device import transform_precision
+
 
 def result_file(name: str, suffix: str = "json") -> Path:
-    """Where a benchmark leaves what it found: a file per kind of CPU, since the transforms' precision depends on it."""
-    kind = torch.backends.cpu.get_cpu_capability().lower()
-    return Path(__file__).parent / "results" / f"{name}-{kind}.{suffix}"
+    """Where a benchmark leaves what it found: a file per precision of the transforms, which depends on the CPU."""
+    precision = transform_precision(torch.device("cpu"))
+    return Path(__file__).parent / "results" / f"{name}-{precision}.{suffix}"
 
 
 def machine() -> dict[str, object]:

@@ -15,7 +15,8 @@ from service.codec.exact import (
     pointwise,
     straight_clamp,
 )
-from service.codec.prior import halves
+from service.codec.prior import PriorNet, carrier, halves
+from tests.codec.test_model import TINY
 
 
 def layer_of(out: int, fan_in: int, seed: int, low: int = -LIMIT) -> IntegerLayer:
@@ -115,3 +116,25 @@ def test_a_clamped_value_still_learns_its_way_back(value: float, gradient: float
     straight_clamp(x, 0, 1).backward(torch.tensor([gradient]))
     assert x.grad is not None
     assert bool(x.grad[0] != 0) == passes
+
+
+def test_a_wide_layer_gets_a_wider_carrier_and_the_same_result() -> None:
+    torch.manual_seed(2)
+    net, cpu = PriorNet(TINY), torch.device("cpu")
+    with torch.no_grad():
+        integers = net.integers(torch.ones(8, TINY.latents))
+    assert {layer.weight.dtype for layer in integers.on(cpu).layers.values()} == {torch.float32}
+    mean = integers.layers["first_mean"]
+    wide = IntegerLayer(mean.weight, mean.bias + FLOAT32_EXACT, mean.shift, mean.low, mean.high)
+    integers.layers["first_mean"] = wide
+    assert carrier("first_mean", wide) == torch.float64
+    mixed, double = integers.on(cpu), integers.on(cpu, torch.float64)
+    assert {layer.weight.dtype for layer in mixed.outputs["first_mean"]} == {torch.float64}
+    features, rate = inputs(2, TINY.features, 5, 3, 1).abs(), torch.tensor([1, 6])
+    for half in halves(5, 3, cpu):
+        narrow, exact = mixed.first_pass(features, rate, half), double.first_pass(features, rate, half)
+        assert torch.equal(narrow.mean, exact.mean)
+        assert torch.equal(narrow.level, exact.level)
+    integers.layers["first_mean"] = IntegerLayer(mean.weight, mean.bias + 2.0**53, mean.shift, mean.low, mean.high)
+    with pytest.raises(ValueError, match="first_mean"):
+        integers.on(cpu)

@@ -47,7 +47,6 @@ def functions(path: Path, names: set[str]) -> list[ast.FunctionDef]:
                 "placed",
                 "scaled",
                 "outputs",
-                "_scaled",
                 "_in_order",
                 "_shuffled",
             },

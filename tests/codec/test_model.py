@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +47,7 @@ def test_every_size_runs_both_ways(name: str) -> None:
 
 def test_sizes_keep_their_budgets() -> None:
     edge, base = cost(CONFIGS["edge"]), cost(CONFIGS["base"])
+    assert edge.encoder == pytest.approx(edge.decoder)  # they mirror each other
     assert edge.kmac_per_pixel <= 45
     assert edge.parameters <= 5e6
     assert base.kmac_per_pixel <= 220
@@ -59,6 +64,29 @@ def test_a_shape_that_cannot_work_is_named() -> None:
         CodecConfig("wrong", stem=8, stages=(Stage(65, 1), Stage(64, 1)))
 
 
+def test_certain_latents_are_not_coded_and_equal_their_mean(parrots: Photo) -> None:
+    torch.manual_seed(4)
+    model = TrainableCodec(replace(TINY, skipped=6)).eval()
+    with torch.no_grad():  # levels on both sides of the limit
+        for step in ("first", "second"):
+            model.prior.layer(f"{step}_level").bias_low.copy_(torch.linspace(0, 2, TINY.latents))
+            model.prior.layer(f"{step}_level").bias_high.copy_(torch.linspace(0, 2, TINY.latents))
+    tensors, description = ship(model)
+    codec = ShippedCodec.from_tensors(tensors, description, torch.device("cpu"))
+    x, rate = torch.from_numpy(parrots[:96, :80].copy()).permute(2, 0, 1)[None].float() / 255, torch.tensor([6])
+    y, z_hat, _ = codec.analyse(x, rate)
+    (latents,) = codec.symbols_of(8 * y, z_hat, rate)
+    certain = [symbols[levels <= 6] for symbols, levels in latents.passes]
+    assert all(len(symbols) > 100 and not symbols.any() for symbols in certain)
+    assert any(symbols[levels > 6].any() for symbols, levels in latents.passes)
+    y_hat = codec.read([codec.write(latents)], rate, 6, 5)
+    (again,) = codec.symbols_of(y_hat, z_hat, rate)
+    assert all(np.array_equal(a, b) for one, two in zip(latents.passes, again.passes) for a, b in zip(one, two))
+    older = json.loads(description)
+    del older["config"]["skipped"]
+    assert ShippedCodec.from_tensors(tensors, json.dumps(older), torch.device("cpu")).config.skipped == 0
+
+
 def test_scale_levels_match_their_tables() -> None:
     levels = torch.arange(SCALE_LEVELS).float()
     assert torch.allclose(scale_to_level(level_to_scale(levels)), levels, atol=1e-3)
@@ -73,7 +101,7 @@ def test_scale_levels_match_their_tables() -> None:
 
 
 def test_estimated_bits_are_the_bits_of_the_stream(parrots: Photo) -> None:
-    """The rate that training minimises is the rate that ships, to within 1%."""
+    """What the model estimates in evaluation mode is what ships, to within 1%."""
     torch.manual_seed(3)
     model = TrainableCodec(EDGE).eval()
     x = torch.from_numpy(parrots.copy()).permute(2, 0, 1)[None].float() / 255

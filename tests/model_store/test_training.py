@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from model_store.degradations import Kind
 from model_store.training import loop
 from model_store.training.export import export
-from model_store.training.loop import Schedule, train
+from model_store.training.loop import Batches, Schedule, train
 from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool
 from model_store.training.report import targets, train_report
 from model_store.training.warm_start import warm_start
-from model_store.training.weights import keep_weights, read_weights, stretched
+from model_store.training.weights import keep_weights, read_weights, stretched, weights_to_start_from
 from service.codec.bitstream import DegradationKind
 from service.codec.config import CONFIGS
 from service.codec.model import TrainableCodec
@@ -156,6 +158,32 @@ def test_kept_weights_start_a_run_where_the_old_one_ended(
         assert torch.allclose(kept[name], value, rtol=2e-3, atol=1e-5), name
     TrainableCodec(TINY).load_state_dict(kept)
     assert (tmp_path / "tiny.safetensors").stat().st_size < checkpoint.stat().st_size / 4
+    started = weights_to_start_from(tmp_path / "tiny.safetensors")  # it knows the range of lambda
+    assert all(torch.equal(started[name], value) for name, value in kept.items())
+    save_file(kept, tmp_path / "older.safetensors")  # which the first files did not say
+    older = weights_to_start_from(tmp_path / "older.safetensors")
+    assert not torch.equal(older["g_a.gain.log_low"], kept["g_a.gain.log_low"])
+
+
+def test_a_run_with_other_lambdas_is_not_resumed(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = run(photos, tmp_path / "run", 2, monkeypatch)
+    state = torch.load(checkpoint, weights_only=True)
+    del state["record"]["lambda_low"], state["record"]["lambda_high"]
+    torch.save(state, checkpoint)
+    with pytest.raises(ValueError, match="lambda"):
+        run(photos, tmp_path / "run", 4, monkeypatch)
+
+
+def test_copies_are_made_as_the_shipped_model_makes_them(photos: Path) -> None:
+    torch.manual_seed(6)
+    model = TrainableCodec(replace(TINY, skipped=6)).train()
+    data = next(iter(Batches(PhotoPool(photos, 64, CPU), 2, 64, CPU, seed=1)))
+    again, y_hat = loop._compressed_before(model, data)
+    assert model.training
+    out = model.eval()(data.clean, data.rate)
+    assert torch.equal(y_hat, out.y_hat)
+    assert torch.equal(again.degraded, again.clean)
+    assert float((again.clean - out.x_hat.detach().clamp(0, 1)).abs().max()) < 0.5 / 255 + 1e-5
 
 
 def test_a_stretched_model_is_the_same_at_the_same_lambda(parrots: Photo) -> None:
@@ -171,6 +199,8 @@ def test_a_stretched_model_is_the_same_at_the_same_lambda(parrots: Photo) -> Non
         was, now = model(x, torch.tensor([3])), other(x, torch.tensor([4]))
     torch.testing.assert_close(now.x_hat, was.x_hat, rtol=1e-4, atol=1e-4)
     assert float(now.z_bits) == pytest.approx(float(was.z_bits), rel=1e-4)
+    assert float(now.y_bits) == pytest.approx(float(was.y_bits), rel=1e-3)
+    assert float(now.y_bits) > 0
     assert other.g_a.gain.log_low.sub(model.g_a.gain.log_low).abs().max() > 1e-3
 
 
