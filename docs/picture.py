@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from model_store.evaluation.conditions import psnr
 from service.codec.bitstream import Bitstream
 from service.engine import EncodeJob, Engine, Photo
 from service.settings import Settings
 from service.store import ModelStore
-from tests.conftest import image_bytes, noisy, photo, psnr
+from tests.conftest import image_bytes, noisy, photo
 
 OUTPUT = Path(__file__).with_name("before-after.png")
 RATE, BAR = 4, 30

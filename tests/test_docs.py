@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -85,6 +86,17 @@ def test_every_command_and_example_runs_as_written(page: str, desk: Path, server
             script = script.replace(long, short)
         said = run(["bash", "-euo", "pipefail", "-c", script.replace("curl ", "curl -sS ")], desk, server)
         assert "urn:limpid:problem" not in said or "-d 'hello'" in script
+
+
+def test_every_tool_beside_the_product_still_imports() -> None:
+    """Benchmarks, the golden streams' and the picture's makers run by hand: they must not rot meanwhile."""
+    tools = [
+        "docs.picture",
+        "tests.golden",
+        *(f"tests.bench.{path.stem}" for path in (ROOT / "tests/bench").glob("*.py")),
+    ]
+    for name in tools:
+        importlib.import_module(name)
 
 
 def test_links_between_pages_lead_somewhere() -> None:
