@@ -143,7 +143,7 @@ def _groups(model: TrainableCodec, schedule: Schedule) -> list[dict[str, object]
 
 @torch.no_grad()
 def _compressed_before(model: TrainableCodec, data: Batch) -> tuple[Batch, Tensor]:
-    """The clean photos of a batch as the model would ship gives them back, to be given back just so; and y_hat."""
+    """The clean photos of a batch as the shipped model would give them back, to be given back just so; and y_hat."""
     model.eval()
     out = model(data.clean, data.rate)
     model.train()

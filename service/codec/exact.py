@@ -2,8 +2,8 @@
 
 Every value here is an integer, or one over a power of two that all summands of a sum share; every partial sum stays
 below the carrier's exact range, and so no order of summation, batch size, thread count, device or library version can
-change a result. The same functions serve training: there the
-integers are derived from float parameters by straight-through rounding, so that training sees the final arithmetic.
+change a result. The same functions serve training: there the integers are derived from float parameters by
+straight-through rounding, so that training sees the final arithmetic.
 
     IntegerLayer  what the store holds: weights, biases and the right shift behind them
     ScaledLayer   the same, multiplied through by 2^-shift, in its carrier: ready to run

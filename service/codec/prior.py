@@ -181,8 +181,7 @@ class ExactPrior:
         return [part for layer in layers for part in (layer.weight, layer.bias)] + [one.factor for one in rescales]
 
     def _run(self, kind: Callable[[Tensor, ScaledLayer, Tensor], Tensor], name: str, x: Tensor, rate: Tensor) -> Tensor:
-        layer = self.layers[name]
-        return kind(x.to(layer.weight.dtype), layer, rate).to(torch.float32)
+        return _carried(kind, self.layers[name], x, rate)
 
     def features(self, z_hat: Tensor, rate: Tensor, h: int, w: int) -> Tensor:
         """h_s: z_hat (B, hyper, ceil(h/4), ceil(w/4)) integers -> features (B, h, w, F) integers."""
@@ -212,11 +211,17 @@ class ExactPrior:
         means, levels = [], []
         for parity, at in enumerate((half.even, half.odd)):
             mean, level = (self.outputs[f"{step}_{name}"][parity] for name in ("mean", "level"))
-            seen = x.index_select(1, at).to(mean.weight.dtype)
-            normal = pointwise(seen, mean, rate).to(torch.float32)
-            means.append(self.mean_rescale[parity](normal, rate))
-            levels.append(pointwise(seen.to(level.weight.dtype), level, rate).to(torch.float32))
+            seen = x.index_select(1, at)
+            means.append(self.mean_rescale[parity](_carried(pointwise, mean, seen, rate), rate))
+            levels.append(_carried(pointwise, level, seen, rate))
         return PriorOutput(_in_order(*means), _in_order(*levels))
+
+
+def _carried(
+    kind: Callable[[Tensor, ScaledLayer, Tensor], Tensor], layer: ScaledLayer, x: Tensor, rate: Tensor
+) -> Tensor:
+    """A layer in its carrier; float32 in and out."""
+    return kind(x.to(layer.weight.dtype), layer, rate).to(torch.float32)
 
 
 def _shuffled(x: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ def functions(path: Path, names: set[str]) -> list[ast.FunctionDef]:
                 "scaled",
                 "outputs",
                 "_in_order",
+                "_carried",
                 "_shuffled",
             },
         ),
