@@ -24,24 +24,24 @@ from service.codec.device import pick_device, transform_precision
 from service.codec.model import TrainableCodec
 
 KIND_SHARES: dict[Kind, float] = {
-    Kind.CLEAN: 0.34,
-    Kind.NOISE: 0.17,
+    Kind.CLEAN: 0.33,
+    Kind.NOISE: 0.15,
     Kind.SENSOR_NOISE: 0.1,
     Kind.RAIN: 0.12,
-    Kind.SNOW: 0.05,
-    Kind.HAZE: 0.07,
-    Kind.LOW_LIGHT: 0.05,
+    Kind.SNOW: 0.06,
+    Kind.HAZE: 0.08,
+    Kind.LOW_LIGHT: 0.06,
     Kind.BLUR: 0.03,
-    Kind.JPEG: 0.05,
+    Kind.JPEG: 0.04,
 }
 """How often each kind is drawn alone; what is left to 1 are mixtures of two."""
 
 UPLOAD_JPEG = 0.1
 """Share of the degraded photos that arrive as JPEG besides, as gateways send them."""
 
-AGAIN_EVERY, AGAIN_WEIGHT = 6, 10.0
+AGAIN_EVERY, AGAIN_WEIGHT, AGAIN_FREE = 6, 300.0, 0.35
 """Every so many steps the photos are ones that the model has compressed before: copies of copies must not fade. Their
-latents shall be those of before; the weight is that of the squared distances, summed over latents, per pixel."""
+latents shall round to those of before: distances beyond `AGAIN_FREE` count squared, summed over latents, per pixel."""
 
 LOG_EVERY = 50
 CHECKPOINT_SECONDS = 180
@@ -240,8 +240,10 @@ def train(
         bpp = (out.y_bits + out.z_bits) / pixels
         weight = rate_lambda(data.rate)
         loss = (weight * balanced_distortion(mse, weight) + bpp).mean()
-        drift = (out.y - before).square().sum() / (len(mse) * pixels) if before is not None else loss.new_zeros(())
-        loss = loss + AGAIN_WEIGHT * drift
+        drift = loss.new_zeros(())
+        if before is not None:
+            drift = ((out.y - before).abs() - AGAIN_FREE).clamp_min(0).square().sum() / (len(mse) * pixels)
+            loss = loss + AGAIN_WEIGHT * drift
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = clip_grad_norm_(model.parameters(), 1.0)

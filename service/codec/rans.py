@@ -9,9 +9,11 @@ What the guard does, and against what (version 1.2.8):
 
 from __future__ import annotations
 
-import warnings
+import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.machinery import PathFinder
+from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -35,13 +37,23 @@ class CorruptPayload(ValueError):
     """The entropy-coded bytes cannot have come from this codec."""
 
 
+@cache
 def _ans() -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates what compressai decorates
-        import compressai.ans  # here, because importing compressai takes seconds
+    """The extension module alone: the package around it imports torchvision and all its models, three seconds' worth.
 
-    module: ModuleType = compressai.ans
-    return module
+    Raises:
+        ModuleNotFoundError: compressai is not installed.
+    """
+    name = "compressai.ans"
+    if name not in sys.modules:
+        package = find_spec("compressai")
+        spec = PathFinder.find_spec(name, package.submodule_search_locations) if package else None
+        if spec is None or spec.loader is None:
+            raise ModuleNotFoundError(f"expected {name}, the entropy coder; is compressai installed?", name=name)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """`service.codec.rans`: what goes in comes out, and no bytes can break the decoder."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -94,3 +97,14 @@ def test_tables_sum_to_one_and_leave_no_symbol_without_mass() -> None:
             assert row[0] == 0
             assert row[size - 1] == 65536
             assert (np.diff(row[:size]) >= 1).all()
+
+
+def test_the_coder_comes_without_the_package_around_it() -> None:
+    script = """
+import sys
+from service.codec.rans import Encoder
+Encoder()
+assert "compressai.ans" in sys.modules
+assert not {"compressai", "torchvision"} & set(sys.modules), "start-up pays for what it does not use"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
