@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from model_store.training.frequencies import fitted_tables
 from model_store.training.report import REPORT_FILE, read_report
 from model_store.training.weights import keep_weights
 from service.codec.config import CONFIGS
@@ -27,10 +28,16 @@ STORE = Path(__file__).parents[1]
 STATES = Path(__file__).parent / "states"
 
 
-def export(checkpoint: Path, name: str, store: Path, make_default: bool = True) -> dict[str, object]:
+COUNTED_BATCHES = 120
+
+
+def export(
+    checkpoint: Path, name: str, store: Path, make_default: bool = True, photos: Path | None = None
+) -> dict[str, object]:
     """Write `<name>.safetensors` and its entry in `store.json`. Returns the entry.
 
-    A report head that `model_store.training.report` left beside the checkpoint becomes part of the model.
+    A report head that `model_store.training.report` left beside the checkpoint becomes part of the model. With a folder
+    of photographs, the frequencies of y are counted on them; without, they are Gaussian.
 
     Raises:
         ValueError: the store already has another model of that name.
@@ -39,7 +46,11 @@ def export(checkpoint: Path, name: str, store: Path, make_default: bool = True) 
     model = TrainableCodec(CONFIGS[state["size"]])
     model.load_state_dict(state["ema"])
     report = checkpoint.with_name(REPORT_FILE)
-    tensors, description = ship(model, read_report(report, model.config) if report.exists() else None)
+    head = read_report(report, model.config) if report.exists() else None
+    tensors, description = ship(model, head)
+    if photos:
+        codec = ShippedCodec.from_tensors(tensors, description, torch.device("cpu"))
+        tensors, description = ship(model, head, fitted_tables(codec, photos, COUNTED_BATCHES))
     data = save(tensors, {"limpid": description})
     entry: dict[str, object] = {
         "name": name,
@@ -52,6 +63,7 @@ def export(checkpoint: Path, name: str, store: Path, make_default: bool = True) 
             "steps": state["step"],
             "hours": round(state["seconds"] / 3600, 2),
             **state["record"],
+            "batches_counted": COUNTED_BATCHES if photos else 0,
         },
     }
     path = store / "store.json"
@@ -73,9 +85,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run")
     parser.add_argument("--name", required=True, help="name of the model, for example edge-2")
     parser.add_argument("--store", type=Path, default=STORE)
+    parser.add_argument("--photos", type=Path, help="folder of photographs to count symbols on: smaller bitstreams")
     parser.add_argument("--keep-default", action="store_true", help="do not make it the store's default")
     args = parser.parse_args()
-    entry = export(args.checkpoint, args.name, args.store, not args.keep_default)
+    entry = export(args.checkpoint, args.name, args.store, not args.keep_default, args.photos)
     if args.store.resolve() == STORE:
         keep_weights(args.checkpoint, STATES / f"{entry['size']}.safetensors")
     print(json.dumps(entry, indent=2))

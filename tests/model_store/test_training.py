@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from model_store.degradations import Kind
 from model_store.training import loop
 from model_store.training.export import export
+from model_store.training.frequencies import fitted_tables
 from model_store.training.loop import Batches, Schedule, train
 from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool
@@ -24,6 +26,7 @@ from service.codec.bitstream import DegradationKind
 from service.codec.config import CONFIGS
 from service.codec.model import TrainableCodec
 from service.codec.report import KINDS
+from service.codec.shipped import ShippedCodec, ship
 from service.engine import EncodeJob, Engine, Photo
 from service.store import ModelStore
 from tests.codec.test_model import TINY
@@ -122,6 +125,29 @@ def test_an_exported_run_is_a_model_that_the_service_loads(
     assert back.shape == bikes.shape
     with pytest.raises(ValueError, match="does not have yet"):
         export(checkpoint, "tiny-1", store)
+
+
+def test_counted_frequencies_save_bytes_and_decode(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo
+) -> None:
+    checkpoint = run(photos, tmp_path / "run", 4, monkeypatch)
+    monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    model = TrainableCodec(TINY)
+    model.load_state_dict(read_weights(checkpoint))
+    gaussian = ShippedCodec.from_tensors(*ship(model), CPU)
+    tables = fitted_tables(gaussian, photos, batches=20, crop=64)
+    assert np.array_equal(tables.size, gaussian.y_tables.tables.size)
+    assert all((np.diff(row[:size]) > 0).all() for row, size in zip(tables.cdf, tables.size))
+    counted = ShippedCodec.from_tensors(*ship(model, None, tables), CPU)
+    x = torch.from_numpy(bikes[:128, :128].copy()).permute(2, 0, 1)[None].float() / 255
+    rate = torch.tensor([6])
+    (latents,) = counted.symbols_of(*counted.analyse(x, rate)[:2], rate)
+    written = counted.write(latents)
+    assert len(written.payload) < len(gaussian.write(latents).payload)
+    (again,) = counted.symbols_of(
+        counted.read([written], rate, 8, 8), torch.from_numpy(latents.z)[None].view(1, -1, 2, 2).float(), rate
+    )
+    assert all(np.array_equal(a, b) for one, two in zip(latents.passes, again.passes) for a, b in zip(one, two))
 
 
 def test_a_report_trained_beside_a_checkpoint_ships_with_it(
