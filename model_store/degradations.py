@@ -62,7 +62,7 @@ class Ranges:
     curtain: float = 0.0
 
 
-TRAINING = Ranges(curtain=0.5)
+TRAINING = Ranges(curtain=0.6)
 EVALUATION = Ranges(
     rain_density=(0.002, 0.024),
     rain_length=(9, 46),
@@ -196,12 +196,16 @@ def rain(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
 
 
 def curtain(x: Tensor, draw: Draw) -> Tensor:
-    """Rain as a lit curtain: long soft streaks, fine or broad, dense or few, here thick, there thin, added as light."""
+    """Rain as a lit curtain, added as light: long soft streaks, dense or few, in broad columns, here thick, there thin."""
     kernels = line_kernels(draw.uniform((15, 75)), draw.uniform((0.4, 2.5), log=True), 0.25 * draw.normal(1, 1, 1))
     drops = F.relu(draw.normal(1, *x.shape[2:]) - draw.uniform((0, 3)))
     streaks = filter_each(drops, kernels)
     streaks = streaks / (streaks.mean((2, 3), keepdim=True) + 3 * streaks.std((2, 3), keepdim=True)).clamp_min(1e-3)
-    thick = F.interpolate(draw.field(1, 3, 3), x.shape[2:], mode="bicubic", align_corners=False).clamp(0, 1)
+    columns, thick = (
+        F.interpolate(draw.field(1, *size), x.shape[2:], mode="bicubic", align_corners=False).clamp(0, 1)
+        for size in ((2, max(2, x.shape[3] // 10)), (3, 3))
+    )
+    thick = thick * (1 - draw.uniform((0, 1)) * columns)
     light = draw.uniform((0, 0.3)) + draw.uniform((0.1, 0.8)) * streaks
     return x + draw.uniform((0.3, 1)) * (thick + draw.uniform((0, 0.5))) * light
 

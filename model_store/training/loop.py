@@ -272,7 +272,7 @@ def train(
             if math.isfinite(value):
                 sums[name] = sums.get(name, 0.0) + value
         now = time.monotonic()
-        seconds, last = seconds + min(now - last, 60.0), now  # a trainer stopped for a while has not trained
+        seconds, last = seconds + min(now - last, 10.0), now  # a trainer stopped for a while has not trained
         bar.update(round(seconds) - bar.n)
         done = seconds >= 60 * schedule.minutes
         if done or step % LOG_EVERY == 0:
