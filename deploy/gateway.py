@@ -165,10 +165,10 @@ class Gateway:
 async def _film(url: str, every: float, frames: Path, max_waiting: int) -> None:
     """Put the camera's frames into the folder, named by the time; beyond `max_waiting` of them new ones are dropped."""
     async for frame in camera_frames(url, every):
-        if len(os.listdir(frames)) >= max_waiting:
-            log.error("%d frames wait, a new one is dropped", max_waiting)
-            continue
         try:
+            if len(os.listdir(frames)) >= max_waiting:
+                log.error("%d frames wait, a new one is dropped", max_waiting)
+                continue
             await asyncio.to_thread(write_whole, frames / f"{time.time_ns()}.jpg", frame)
         except OSError as error:
             log.error("a frame cannot be kept: %s", error)
@@ -184,8 +184,11 @@ async def _main(args: argparse.Namespace) -> None:
         camera = None
         if args.camera:
             camera = asyncio.create_task(_film(args.camera, args.every, args.frames, args.max_waiting))
+            camera.add_done_callback(lambda _: stop.set())  # a gateway that films no more shall end, and be restarted
         await gateway.run(stop)
-        if camera:
+        if camera and camera.done():
+            camera.result()
+        elif camera:
             camera.cancel()
 
 

@@ -196,7 +196,7 @@ def rain(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
 
 
 def curtain(x: Tensor, draw: Draw) -> Tensor:
-    """Rain as a lit curtain, added as light: long soft streaks, dense or few, in broad columns, here thick, there thin."""
+    """Rain as a lit curtain, added as light: long soft streaks in broad columns, here thick, there thin."""
     kernels = line_kernels(draw.uniform((15, 75)), draw.uniform((0.4, 2.5), log=True), 0.25 * draw.normal(1, 1, 1))
     drops = F.relu(draw.normal(1, *x.shape[2:]) - draw.uniform((0, 3)))
     streaks = filter_each(drops, kernels)

@@ -49,7 +49,7 @@ def _load(settings: Settings) -> Engine:
 def _start_series(service: Service) -> None:
     """Let every series begin at zero, so that the first event shows in a rate and no dashboard panel is empty."""
     metrics = service.metrics
-    metrics.ready.set(0)
+    metrics.ready.set_function(lambda: service.accepts)
     metrics.admission_limit.set(service.settings.max_queue_items)
     for problem in KINDS:
         metrics.rejected.labels(problem.slug)
@@ -78,7 +78,6 @@ async def _bring_up(service: Service) -> None:
     batcher = _batcher(engine, service)
     service.ready = Ready(engine, batcher, threads)
     metrics = service.metrics
-    metrics.ready.set(1)
     for name in engine.models:
         metrics.model_loaded.labels(name, str(engine.device)).set(1)
     metrics.queue_items.set_function(lambda: batcher.waiting_items)
@@ -90,6 +89,7 @@ async def _bring_up(service: Service) -> None:
 async def reload_store(service: Service) -> None:
     """Take up what changed in the store while requests go on. A store that cannot be used changes nothing."""
     if service.ready is None:
+        log.warning("the models are still loading; the store was not reloaded, ask again")
         return
     engine, metrics = service.ready.engine, service.metrics
     try:

@@ -195,7 +195,9 @@ def _finish(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:
         kind, detail = "unexpected-answer", outcome.text[:200]
     status = outcome.status_code
     types: dict[int, type[LimpidError]] = {401: Unauthorized, 429: ServiceBusy, 504: DeadlineExceeded}
-    error = types.get(status, RequestRefused if status < 500 else ServiceUnavailable)
+    # Only what Limpid itself refuses will never succeed: not a slow link, a redirect or a proxy without its backend.
+    refused = 400 <= status < 500 and status != 408 and kind != "unexpected-answer"
+    error = types.get(status, RequestRefused if refused else ServiceUnavailable)
     if kind == "unmeetable-budget":
         error = BudgetUnmeetable
     raise error(kind, detail, status, outcome.headers.get("x-request-id"))

@@ -28,7 +28,7 @@ from service.codec.bitstream import Bitstream, BitstreamError, CorruptBitstream,
 from service.codec.config import RATE_POINTS
 from service.codec.device import keep_heap, pick_device, release_heap, transform_precision
 from service.codec.rans import CorruptPayload
-from service.codec.shipped import Coded, LatentSymbols, ShippedCodec, latent_size, pad_to_stride
+from service.codec.shipped import Coded, LatentSymbols, ShippedCodec, latent_size, pad_to_stride, padded_pixels
 from service.store import ModelEntry, ModelStore, StoreError
 
 T = TypeVar("T")
@@ -181,9 +181,14 @@ class Engine:
                 known = models.get(entry.name)
                 models[entry.name] = Model(entry, known.codec) if known else self._loaded(store, entry)
             added = [name for name in models if name not in self.models]
+            before = self.models, self._by_id
             self._by_id = {model.entry.model_id: model for model in models.values()}
             self.models = models
-            self.warm_up(added)
+            try:
+                self.warm_up(added)
+            except BaseException:
+                self.models, self._by_id = before
+                raise
             self.default = models[store.index.default]
             return added
 
@@ -270,7 +275,7 @@ class Engine:
                 del padded, x  # a large photo has no memory to spare
                 return codec.symbols_of(y, z_hat, rate), found
 
-        for part in self._parts(len(jobs), jobs[0].photo[..., 0].size):
+        for part in self._parts(len(jobs), padded_pixels(*jobs[0].photo.shape[:2])):
             latents, found = self._on_device(partial(transform, jobs[part]))
             with times.measure("entropy"):
                 coded = [codec.write(one) for one in latents]
@@ -295,7 +300,7 @@ class Engine:
                 pixels: NDArray[np.uint8] = x_hat.mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 return pixels
 
-        for part in self._parts(len(streams), streams[0].pixels):
+        for part in self._parts(len(streams), padded_pixels(streams[0].height, streams[0].width)):
             rate = torch.tensor([stream.rate - 1 for stream in streams[part]], device=self.device)
             coded = [Coded(stream.payload, stream.outliers) for stream in streams[part]]
             with times.measure("entropy"):

@@ -97,6 +97,7 @@ class Exchange:
         self.phase = "body"
         self.gone = False
         self._seconds: dict[str, float] = {}
+        self._batches: list[StageTimes] = []
         self._task = asyncio.current_task()
         self.watcher: asyncio.Task[None] | None = None
 
@@ -124,11 +125,15 @@ class Exchange:
     async def _read(self) -> bytes:
         if not self.request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             return await self.request.body()
-        async with self.request.form(max_files=1, max_fields=8) as form:
-            upload = form.get(BODY_FIELD)
-            if not isinstance(upload, UploadFile):
-                raise Problem(MALFORMED, f"expected a multipart field {BODY_FIELD!r} with a file, got {sorted(form)}")
-            return await upload.read()
+        try:
+            async with self.request.form(max_files=1, max_fields=8) as form:
+                upload = form.get(BODY_FIELD)
+                if not isinstance(upload, UploadFile):
+                    got = sorted(form)
+                    raise Problem(MALFORMED, f"expected a multipart field {BODY_FIELD!r} with a file, got {got}")
+                return await upload.read()
+        except UnicodeError as error:  # of a charset that cannot decode the names of the fields
+            raise Problem(MALFORMED, f"the multipart form is not readable: {error}") from None
 
     async def _watch(self) -> None:
         """Cancel the request when its client hangs up."""
@@ -147,17 +152,19 @@ class Exchange:
         return result
 
     async def submit(self, item: Work, key: Hashable, *, pixels: int, bytes: int) -> object:
-        """Send one item through the batcher; returns what the engine made of it."""
+        """Send one item through the batcher; returns what the engine made of it.
+
+        Items of one request that ride the same batch waited and ran together: their time counts once.
+        """
         self.phase = "queue"
         done = await self.ready.batcher.submit(item, key, pixels=pixels, bytes=bytes, deadline=self.deadline)
         value, times = done.result
-        self._add("queue", done.queued)
-        self._add_engine(times)
+        if not any(times is known for known in self._batches):
+            self._batches.append(times)
+            self._add("queue", done.queued)
+            self._add("transform", times.transform)
+            self._add("entropy", times.entropy)
         return value
-
-    def _add_engine(self, times: StageTimes) -> None:
-        self._add("transform", times.transform)
-        self._add("entropy", times.entropy)
 
     def _add(self, stage: str, seconds: float) -> None:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds

@@ -40,16 +40,23 @@ class TooManyPixels(ImageError):
     """The photo is larger than the limit."""
 
 
+class TooLargeForFormat(ImageError):
+    """A side of the photo is longer than the output format can hold."""
+
+
 class OutputFormat(Enum):
-    """A format that photos are returned in: media type, Pillow's name, and the default quality of a lossy one."""
+    """A format that photos are returned in.
 
-    PNG = ("image/png", "PNG", None)
-    JPEG = ("image/jpeg", "JPEG", 90)
-    WEBP = ("image/webp", "WEBP", 85)
-    AVIF = ("image/avif", "AVIF", 75)
+    Its media type, Pillow's name, the default quality of a lossy one, and the longest side in pixels that it can hold.
+    """
 
-    def __init__(self, media_type: str, pillow: str, quality: int | None) -> None:
-        self.media_type, self.pillow, self.default_quality = media_type, pillow, quality
+    PNG = ("image/png", "PNG", None, 2**31 - 1)
+    JPEG = ("image/jpeg", "JPEG", 90, 65_500)
+    WEBP = ("image/webp", "WEBP", 85, 16_383)
+    AVIF = ("image/avif", "AVIF", 75, 65_536)
+
+    def __init__(self, media_type: str, pillow: str, quality: int | None, longest: int) -> None:
+        self.media_type, self.pillow, self.default_quality, self.longest = media_type, pillow, quality, longest
 
 
 def read_photo(data: bytes, max_pixels: int) -> Photo:
@@ -72,14 +79,35 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
     with image:
         if image.width * image.height > max_pixels:
             raise TooManyPixels(f"expected at most {max_pixels} pixels, got {image.width}x{image.height}")
+        check_padded(image.height, image.width, max_pixels)
         try:
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _to_srgb(upright)
+            return _to_srgb(_upright(image))
         except MemoryError:
             raise
         except Exception as error:
             raise CorruptImage(f"the {image.format} file is damaged: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; as it lies where the EXIF is broken, which every viewer forgives."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's parser raises whatever the damage leads to
+        return image
+
+
+def check_padded(height: int, width: int, max_pixels: int) -> None:
+    """A photo is worked on with both sides rounded up to 16, which makes a line 16 times as large: that counts too.
+
+    Raises:
+        TooManyPixels: rounded up, it is over an eighth larger than the limit.
+    """
+    padded = -(-height // 16) * -(-width // 16) * 256
+    if padded > max_pixels + max_pixels // 8 + 2**16:
+        raise TooManyPixels(f"expected at most {max_pixels} pixels, got {width}x{height}, {padded} in blocks of 16x16")
 
 
 def _to_srgb(image: Image.Image) -> Photo:
@@ -117,7 +145,13 @@ def _convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def write_photo(photo: Photo, output: OutputFormat, quality: int | None = None) -> bytes:
-    """Encode (H, W, 3) uint8 sRGB. quality: 1 to 100, only for lossy formats; None takes the format's default."""
+    """Encode (H, W, 3) uint8 sRGB. quality: 1 to 100, only for lossy formats; None takes the format's default.
+
+    Raises:
+        TooLargeForFormat: a side is longer than `output.longest`.
+    """
+    if max(photo.shape[:2]) > output.longest:
+        raise TooLargeForFormat(f"{output.media_type} holds sides up to {output.longest}, got {max(photo.shape[:2])}")
     buffer = io.BytesIO()
     image = Image.fromarray(photo)
     if output is OutputFormat.PNG:

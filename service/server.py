@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import sys
@@ -51,14 +52,14 @@ class DrainingServer(uvicorn.Server):
             return
         log.info("draining", extra={"fields": {"signal": sig, "admitted": self._service.admitted}})
         self._service.draining = True
-        self._service.metrics.ready.set(0)
         self._drain_until = time.monotonic() + self._service.settings.drain_grace_s
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
         if self._drain_until is not None:
             left = self._service.admitted
-            if not left:
+            if not left:  # answers may still be on their way to slow clients
+                self.config.timeout_graceful_shutdown = max(5, math.ceil(self._drain_until - time.monotonic()))
                 return True
             if time.monotonic() > self._drain_until:
                 log.error("the grace period is over", extra={"fields": {"unanswered": left}})

@@ -48,6 +48,11 @@ class Service:
     admitted: int = 0
     draining: bool = False
 
+    @property
+    def accepts(self) -> bool:
+        """Whether requests are admitted now."""
+        return self.ready is not None and not self.draining and not self.broken()
+
     def broken(self) -> str | None:
         """Why a restart is needed, if one is."""
         if self.ready and self.ready.batcher.broken:

@@ -94,6 +94,8 @@ class ModelStore:
         ids = {entry.model_id for entry in self.index.models}
         if len(set(names)) < len(names) or len(ids) < len(names):
             raise StoreError(f"{path}: two models share a name or an id: {', '.join(names)}")
+        if len({entry.file for entry in self.index.models}) < len(names):
+            raise StoreError(f"{path}: two models share a file")
         if self.index.default not in names:
             raise StoreError(f"{path}: the default {self.index.default!r} is not among {', '.join(names)}")
 
@@ -111,12 +113,14 @@ class ModelStore:
         """Copy a model of another store into this one, without making it the default. It is checked on the CPU first.
 
         Raises:
-            StoreError: the source lacks it or fails its checks, or this store has a model of that name or id.
+            StoreError: the source lacks it or fails its checks, or this store has a model of that name, id or file.
         """
         entry = source.entry(name)
         for known in self.index.models:
             if known.name == name or known.model_id == entry.model_id:
                 raise StoreError(f"{self.folder} has model {known.name} with id {known.model_id.hex()} already")
+            if known.file == entry.file:
+                raise StoreError(f"{self.folder} keeps model {known.name} in {known.file}, the file name of {name}")
         source.load(entry, torch.device("cpu"))
         write_whole(self.folder / entry.file, (source.folder / entry.file).read_bytes())
         self._write(self.index.model_copy(update={"models": [*self.index.models, entry]}))

@@ -14,7 +14,17 @@ from PIL import Image, ImageCms
 
 from model_store.evaluation.conditions import psnr
 from service.engine import Photo
-from service.imaging import CorruptImage, ImageError, NotAnImage, OutputFormat, TooManyPixels, read_photo, write_photo
+from service.imaging import (
+    CorruptImage,
+    ImageError,
+    NotAnImage,
+    OutputFormat,
+    TooLargeForFormat,
+    TooManyPixels,
+    check_padded,
+    read_photo,
+    write_photo,
+)
 from tests.conftest import image_bytes
 
 LIMIT = 1_000_000
@@ -162,3 +172,20 @@ def test_photos_are_written_in_every_format(parrots: Photo, output: OutputFormat
     assert np.array_equal(back, parrots) if output is OutputFormat.PNG else psnr(back, parrots) > 30
     if output is not OutputFormat.PNG:
         assert len(write_photo(parrots, output, 20)) < len(data)
+
+
+def test_a_broken_exif_is_ignored(parrots: Photo) -> None:
+    data = image_bytes(parrots, "JPEG", exif=b"Exif\0\0junkjunk")
+    assert read_photo(data, 10**6).shape == parrots.shape
+
+
+def test_a_line_counts_as_the_blocks_it_fills() -> None:
+    check_padded(6000, 8333, 50_000_000)
+    check_padded(1, 1, 100)
+    with pytest.raises(TooManyPixels, match="in blocks of 16x16"):
+        check_padded(1, 40_000_000, 50_000_000)
+
+
+def test_a_format_says_what_it_cannot_hold() -> None:
+    with pytest.raises(TooLargeForFormat, match="16383"):
+        write_photo(np.zeros((1, 16_384, 3), np.uint8), OutputFormat.WEBP)

@@ -107,3 +107,19 @@ def test_a_damaged_model_is_not_added(copy: Path, tmp_path: Path) -> None:
         ModelStore(copy).add(other, "edge-next")
     assert (copy / "store.json").read_bytes() == before
     assert not list(copy.glob("*edge-next*"))
+
+
+def test_a_model_never_takes_the_file_of_another(copy: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other_store(other, "edge-next")
+    index = json.loads((other / "store.json").read_text())
+    (entry,) = [entry for entry in index["models"] if entry["name"] == "edge-next"]
+    taken = ModelStore(copy).index.models[0].file
+    (other / taken).write_bytes((other / entry["file"]).read_bytes())
+    entry["file"] = taken
+    index["models"], index["default"] = [entry], "edge-next"
+    (other / "store.json").write_text(json.dumps(index))
+    before = (copy / taken).read_bytes()
+    with pytest.raises(StoreError, match="the file name of edge-next"):
+        ModelStore(copy).add(ModelStore(other), "edge-next")
+    assert (copy / taken).read_bytes() == before

@@ -29,6 +29,7 @@ from model_store.evaluation.features import Watched, draw_embedding, draw_maps
 from model_store.evaluation.report import RESULTS, Record, curves, plot, published_table, read_records, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
 from model_store.training.photos import photo_paths
+from service.codec.device import pick_device, transform_precision
 
 STORE = Path(__file__).parents[1]
 
@@ -42,6 +43,7 @@ def _write(path: Path, records: list[Record]) -> None:
         "torch": torch.__version__,
         "cpu_threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        "precision": transform_precision(pick_device("auto")),
         "records": [asdict(record) for record in records],
     }
     path.parent.mkdir(exist_ok=True)
@@ -106,7 +108,7 @@ def _model(args: argparse.Namespace) -> None:
 
 def _naming(args: argparse.Namespace) -> None:
     codec = LimpidCodec(args.store, args.name)
-    named = naming(codec, args.photos, [name for name in args.sets if name in ("kodak", "cbsd68")], args.limit)
+    named = naming(codec, args.photos, args.limit)
     _save(args.results / f"{codec.entry['name']}-naming.json", named)
 
 
@@ -117,6 +119,7 @@ def _generations(args: argparse.Namespace) -> None:
 
 def _save(path: Path, content: dict[str, object]) -> None:
     print(json.dumps(content["summary"], indent=2))
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 

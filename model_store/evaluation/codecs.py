@@ -20,9 +20,9 @@ from service.codec.device import pick_device, transform_precision
 from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride
 
 PEERS: dict[str, tuple[int, ...]] = {
-    "JPEG": (10, 25, 50, 75, 90),
+    "JPEG": (5, 10, 25, 50, 75, 90),
     "WEBP": (1, 15, 40, 65, 85),
-    "AVIF": (20, 40, 60, 80),
+    "AVIF": (5, 20, 40, 60, 80),
 }
 
 _OPTIONS: dict[str, dict[str, Any]] = {

@@ -47,16 +47,17 @@ class Curve:
     psnr: tuple[float, ...]
     setting: tuple[int, ...]
 
-    def psnr_at(self, bpp: float) -> float | None:
-        """PSNR at a rate by PCHIP over log rate.
+    def psnr_within(self, bpp: float) -> float | None:
+        """The best PSNR that a budget of rate allows, by PCHIP over log rate; None below the smallest rate.
 
-        Above the measured rates it is that of the largest, which the budget also allows; None below the smallest.
+        Not the PSNR at that rate: of a noisy photo a codec that keeps the noise is worse the more it spends.
         """
         if bpp < self.bpp[0]:
             return None
-        if bpp > self.bpp[-1]:
-            return self.psnr[-1]
-        return float(PchipInterpolator(np.log(self.bpp), self.psnr)(np.log(bpp)))
+        within = [psnr for rate, psnr in zip(self.bpp, self.psnr) if rate <= bpp]
+        if bpp < self.bpp[-1]:
+            within.append(float(PchipInterpolator(np.log(self.bpp), self.psnr)(np.log(bpp))))
+        return max(within)
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
@@ -99,17 +100,23 @@ def bd_rate(curve: Curve, anchor: Curve) -> float | None:
 
 
 def table(records: Sequence[Record], bpp: float = 0.5) -> str:
-    """A Markdown table: PSNR at one rate for every set, condition and codec, and BD-rate against each peer."""
+    """A Markdown table: the best PSNR within one rate per set, condition and codec, and BD-rate against each peer."""
     all_curves = curves(records)
     codecs = sorted({codec for *_, codec in all_curves}, key=lambda c: (c not in COLOURS, list(COLOURS).index(c)))
     peers = [codec for codec in codecs if codec != "LIMPID"]
-    head = ["set", "condition", "input dB", *(f"{c} dB @ {bpp}" for c in codecs), *(f"BD-rate vs {p}" for p in peers)]
+    head = [
+        "set",
+        "condition",
+        "input dB",
+        *(f"{c} dB within {bpp}" for c in codecs),
+        *(f"BD-rate vs {p}" for p in peers),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, condition in dict.fromkeys((s, c) for s, c, _ in all_curves):
         cells = [name, condition, "" if condition == "clean" else f"{input_psnr(records, name, condition):.2f}"]
         for codec in codecs:
             curve = all_curves.get((name, condition, codec))
-            value = curve.psnr_at(bpp) if curve else None
+            value = curve.psnr_within(bpp) if curve else None
             cells.append("-" if value is None else f"{value:.2f}")
         for peer in peers:
             ours, theirs = all_curves.get((name, condition, "LIMPID")), all_curves.get((name, condition, peer))
@@ -121,12 +128,12 @@ def table(records: Sequence[Record], bpp: float = 0.5) -> str:
 
 def published_table(records: Sequence[Record]) -> str:
     """A Markdown table: the model on Kodak with sensor noise at the rates that Cheng et al. report."""
-    lines = ["| condition | bpp | Cheng et al. dB | LIMPID dB | difference |", "|---|---|---|---|---|"]
+    lines = ["| condition | bpp | Cheng et al. dB | LIMPID within it, dB | difference |", "|---|---|---|---|---|"]
     all_curves = curves(records)
     for condition, points in PUBLISHED.items():
         curve = all_curves.get(("kodak", condition, "LIMPID"))
         for bpp, theirs in points:
-            ours = curve.psnr_at(bpp) if curve else None
+            ours = curve.psnr_within(bpp) if curve else None
             told = ("-", "-") if ours is None else (f"{ours:.2f}", f"{ours - theirs:+.2f}")
             lines.append(f"| {condition} | {bpp} | {theirs:.2f} | {told[0]} | {told[1]} |")
     return "\n".join(lines)

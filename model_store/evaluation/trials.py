@@ -23,12 +23,12 @@ _SAME = {Kind.SENSOR_NOISE: Kind.NOISE}  # the report tells no kind of noise fro
 _SEED = 9012
 
 
-def naming(codec: LimpidCodec, root: Path, sets: Sequence[str], limit: int | None = None) -> dict[str, object]:
+def naming(codec: LimpidCodec, root: Path, limit: int | None = None) -> dict[str, object]:
     """What the model calls photos with one flaw, or none, of the generator with the ranges of evaluation.
 
-    Every photo of the sets is shown once with each kind. Right is a report whose first, strongest, kind is the one.
+    Every photo of Kodak is shown once with each kind. Right is a report whose first, strongest, kind is the one.
     """
-    paths = [path for name in sets for path in sorted((root / name).glob("*.png"))[:limit]]
+    paths = sorted((root / "kodak").glob("*.png"))[:limit]
     said: dict[Kind, Counter[str]] = {kind: Counter() for kind in (Kind.CLEAN, *MAKERS)}
     only: Counter[Kind] = Counter()
     for index, path in enumerate(tqdm(paths, desc="naming")):

@@ -42,6 +42,10 @@ def export(
     Raises:
         ValueError: the store already has another model of that name.
     """
+    path = store / "store.json"
+    index: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"default": name, "models": []}
+    if any(known["name"] == name for known in index["models"]):
+        raise ValueError(f"expected a name that {path} does not have yet, got {name}")
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = TrainableCodec(CONFIGS[state["size"]])
     model.load_state_dict(state["ema"])
@@ -66,10 +70,6 @@ def export(
             "batches_counted": COUNTED_BATCHES if photos else 0,
         },
     }
-    path = store / "store.json"
-    index: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"default": name, "models": []}
-    if any(known["name"] == name for known in index["models"]):
-        raise ValueError(f"expected a name that {path} does not have yet, got {name}")
     index["models"].append(entry)
     if make_default:
         index["default"] = name

@@ -39,9 +39,9 @@ KIND_SHARES: dict[Kind, float] = {
 UPLOAD_JPEG = 0.1
 """Share of the degraded photos that arrive as JPEG besides, as gateways send them."""
 
-AGAIN_EVERY, AGAIN_WEIGHT, AGAIN_FREE = 6, 300.0, 0.35
+AGAIN_EVERY, AGAIN_WEIGHT = 6, 10.0
 """Every so many steps the photos are ones that the model has compressed before: copies of copies must not fade. Their
-latents shall round to those of before: distances beyond `AGAIN_FREE` count squared, summed over latents, per pixel."""
+latents shall be those of before; the weight is that of the squared distances, summed over latents, per pixel."""
 
 LOG_EVERY = 50
 CHECKPOINT_SECONDS = 180
@@ -203,8 +203,12 @@ def train(
         model.load_state_dict(state["model"])
         ema.mean = state["ema"]
         optimizer.load_state_dict(state["optimizer"])
+        for group, base in zip(optimizer.param_groups, (schedule.lr, schedule.prior_lr)):
+            group["base"] = base
         batches.restore(state["random"])
         torch.set_rng_state(state["noise"].cpu())
+        if where.type == "cuda":
+            torch.cuda.set_rng_state(state["device_noise"].cpu(), where)
         step, seconds = state["step"], state["seconds"]
     if compile_blocks and halved:  # in float32 on a CPU, what is compiled is a sixth slower (measured with AVX2)
         for stack in [*model.g_a.stacks, *model.g_s.stacks]:
@@ -213,7 +217,9 @@ def train(
     def save() -> None:
         state = {
             "size": size, "model": model.state_dict(), "ema": ema.mean, "optimizer": optimizer.state_dict(),
-            "random": batches.state(), "noise": torch.get_rng_state(), "step": step, "seconds": seconds,
+            "random": batches.state(), "noise": torch.get_rng_state(),
+            "device_noise": torch.cuda.get_rng_state(where) if where.type == "cuda" else None,
+            "step": step, "seconds": seconds,
             "record": {"batch": batch, "crop": crop, "seed": seed, "photos": len(pool.photos),
                        "device": str(where), "lambda_low": LAMBDA_RANGE[0], "lambda_high": LAMBDA_RANGE[1],
                        **asdict(schedule)},
@@ -242,7 +248,7 @@ def train(
         loss = (weight * balanced_distortion(mse, weight) + bpp).mean()
         drift = loss.new_zeros(())
         if before is not None:
-            drift = ((out.y - before).abs() - AGAIN_FREE).clamp_min(0).square().sum() / (len(mse) * pixels)
+            drift = (out.y - before).square().sum() / (len(mse) * pixels)
             loss = loss + AGAIN_WEIGHT * drift
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

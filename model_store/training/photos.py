@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from model_store.training.held_out import is_held_out
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 
 
@@ -26,9 +28,11 @@ def photo_paths(folder: Path) -> list[Path]:
     return paths
 
 
-def load_photo(path: Path) -> Tensor:
-    """(3, H, W) uint8, sRGB."""
+def load_photo(path: Path) -> Tensor | None:
+    """(3, H, W) uint8, sRGB; None for one that the evaluation measures on."""
     with Image.open(path) as image:
+        if is_held_out(image):
+            return None
         return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).contiguous()
 
 
@@ -48,7 +52,7 @@ def toned(x: Tensor, generator: torch.Generator, share: float = 0.15) -> Tensor:
 
 
 class PhotoPool:
-    """Every photo of a folder that is at least `crop` on both sides, as uint8 on `device`.
+    """Every photo of a folder that is at least `crop` on both sides and not held out, as uint8 on `device`.
 
     Photos of at least twice that are also held at half their size: a crop then shows more of a scene, and finer detail.
     A photo is drawn with a probability proportional to the square root of its pixels.
@@ -57,7 +61,7 @@ class PhotoPool:
     def __init__(self, folder: Path, crop: int, device: torch.device) -> None:
         self.crop = crop
         with ThreadPoolExecutor() as pool:
-            photos = list(pool.map(load_photo, photo_paths(folder)))
+            photos = [photo for photo in pool.map(load_photo, photo_paths(folder)) if photo is not None]
         self.photos = [photo.to(device) for photo in photos if min(photo.shape[1:]) >= crop]
         self.photos += [_halved(photo) for photo in self.photos if min(photo.shape[1:]) >= 2 * crop]
         if not self.photos:

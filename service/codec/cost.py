@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from service.codec.blocks import ContentAggregation
 from service.codec.config import CONFIGS, CodecConfig
 from service.codec.model import TrainableCodec
+from service.codec.prior import OUTPUTS
 from service.codec.transforms import Resample
 
 _SIDE = 256
@@ -61,7 +62,8 @@ def cost(config: CodecConfig) -> Cost:
     y = torch.zeros(1, config.latents, _SIDE // 16, _SIDE // 16)
     positions = {"enter": 64**2, "local1": 64**2, "up1": 64**2, "local2": 32**2, "up2": 32**2}
     prior = sum(
-        model.prior.layer(name).weight.numel() * pixels // positions.get(name, 16**2) for name in model.prior.layers
+        model.prior.layer(name).weight.numel() * pixels // positions.get(name, (1 + (name in OUTPUTS)) * 16**2)
+        for name in model.prior.layers
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Cost(

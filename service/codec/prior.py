@@ -154,7 +154,7 @@ class IntegerPrior:
             ValueError: a layer could leave float64's exact range.
         """
         layers = {name: layer.scaled(device, dtype or carrier(name, layer)) for name, layer in self.layers.items()}
-        outputs = {name: (layers[name].outputs(0), layers.pop(name).outputs(1)) for name in _OUTPUTS}
+        outputs = {name: (layers[name].outputs(0), layers.pop(name).outputs(1)) for name in OUTPUTS}
         mean = self.mean_rescale.scaled(device)
         return ExactPrior(layers, outputs, (mean.outputs(0), mean.outputs(1)), self.context_rescale.scaled(device))
 
@@ -230,7 +230,7 @@ def _shuffled(x: Tensor) -> Tensor:
     return x.view(b, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4)
 
 
-_OUTPUTS = ("first_mean", "first_level", "second_mean", "second_level")
+OUTPUTS = ("first_mean", "first_level", "second_mean", "second_level")
 _SUMS = {"up1", "up2", "second_hidden"}
 """Layers whose input is a sum of two activations and so reaches twice the limit."""
 

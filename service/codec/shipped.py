@@ -79,6 +79,12 @@ def latent_size(height: int, width: int) -> tuple[int, int]:
     return -(-height // STRIDE), -(-width // STRIDE)
 
 
+def padded_pixels(height: int, width: int) -> int:
+    """Pixels of a photo as the transforms see it: both sides rounded up to multiples of 16."""
+    rows, columns = latent_size(height, width)
+    return rows * columns * STRIDE**2
+
+
 def pad_to_stride(x: Tensor) -> Tensor:
     """Repeat the last row and column of x (B, 3, H, W) up to multiples of 16."""
     right, below = -x.shape[3] % STRIDE, -x.shape[2] % STRIDE

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from service.budget import DEFAULT_RATE, best_rate, budget_bytes, rates_to_try
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.codec.config import RATE_POINTS
-from service.codec.shipped import latent_size
+from service.codec.shipped import latent_size, padded_pixels
 from service.engine import EncodeJob, Photo
 from service.errors import BUDGET, CORRUPT_IMAGE, EXCHANGE, MALFORMED, NOT_AN_IMAGE, Problem, documented
 from service.exchange import BINARY, Exchange, body_schema, exchange
@@ -80,10 +80,11 @@ def degradation_header(stream: Bitstream) -> str:
     return ", ".join(f"{d.kind.label};{d.strength:.2f}" for d in stream.degradations) or UNKNOWN
 
 
-async def _encode(call: Exchange, job: EncodeJob) -> Bitstream:
+async def _encode(call: Exchange, job: EncodeJob, sharing: int = 1) -> Bitstream:
+    """One rate point of a photo whose memory so many jobs share."""
     height, width = job.photo.shape[:2]
     key = ("compress", job.model, latent_size(height, width))
-    stream = await call.submit(job, key, pixels=height * width, bytes=job.photo.nbytes)
+    stream = await call.submit(job, key, pixels=padded_pixels(height, width), bytes=job.photo.nbytes // sharing)
     return cast(Bitstream, stream)
 
 
@@ -97,7 +98,12 @@ async def _within(budget: int, call: Exchange, photo: Photo, model: str) -> tupl
     bodies: dict[int, bytes] = {}
     sizes: dict[int, int] = {}
     while wanted := rates_to_try(sizes, budget):
-        streams = await asyncio.gather(*(_encode(call, EncodeJob(photo, rate, model)) for rate in wanted))
+        tasks = [asyncio.create_task(_encode(call, EncodeJob(photo, rate, model), len(wanted))) for rate in wanted]
+        try:
+            streams = await asyncio.gather(*tasks)
+        finally:  # one that failed fails the request: the others are not wanted any more
+            for task in tasks:
+                task.cancel()
         for stream in streams:
             tried[stream.rate], bodies[stream.rate] = stream, stream.to_bytes()
         sizes = {rate: len(body) for rate, body in bodies.items()}

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
-from service.codec.shipped import latent_size
+from service.codec.shipped import latent_size, padded_pixels
 from service.engine import Photo
 from service.errors import (
     CORRUPT_BITSTREAM,
@@ -21,7 +21,7 @@ from service.errors import (
     documented,
 )
 from service.exchange import BINARY, body_schema, exchange
-from service.imaging import OutputFormat, write_photo
+from service.imaging import OutputFormat, check_padded, write_photo
 from service.routes.accept import choose_format
 from service.routes.compress import degradation_header
 from service.state import ServiceDependency
@@ -61,9 +61,12 @@ async def decompress(
         limit = service.settings.max_pixels
         if stream.pixels > limit:
             raise Problem(TOO_MANY_PIXELS, f"expected at most {limit} pixels, got {stream.width}x{stream.height}")
+        check_padded(stream.height, stream.width, limit)
+        output = choose_format(accept, max(stream.height, stream.width))
         name = call.ready.engine.model_of(stream).entry.name
         key = ("decompress", name, latent_size(stream.height, stream.width))
-        photo = cast(Photo, await call.submit(stream, key, pixels=stream.pixels, bytes=len(data) + 3 * stream.pixels))
+        pixels = padded_pixels(stream.height, stream.width)
+        photo = cast(Photo, await call.submit(stream, key, pixels=pixels, bytes=len(data) + 3 * stream.pixels))
         body = await call.in_thread("image_encode", lambda: write_photo(photo, output, quality))
     metrics = service.metrics
     metrics.pixels.labels("decompress", name).inc(stream.pixels)

@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from model_store.degradations import Kind
-from model_store.training import loop
+from model_store.evaluation.report import Curve
+from model_store.training import held_out, loop
+from model_store.training.average import average
 from model_store.training.export import export
 from model_store.training.frequencies import fitted_tables
 from model_store.training.loop import Batches, Schedule, train
@@ -250,3 +252,38 @@ def test_lambdas_are_log_spaced_over_the_rate_points() -> None:
 def test_a_folder_without_photos_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found none"):
         PhotoPool(tmp_path, 160, CPU)
+
+
+def test_photos_that_models_are_measured_on_are_not_learned_from(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo
+) -> None:
+    assert len(held_out.FILE.read_text().split()) == 110
+    assert len(PhotoPool(photos, 64, CPU).photos) == 4  # two photos, and each at half its size
+    known = held_out.fingerprint(Image.fromarray(bikes))[None]
+    monkeypatch.setattr(held_out, "_known", lambda: known)
+    Image.fromarray(bikes[:, ::-1]).resize((150, 125)).save(photos / "mirrored.jpg", quality=60)
+    assert len(PhotoPool(photos, 64, CPU).photos) == 2
+
+
+def test_a_budget_is_not_spent_on_noise() -> None:
+    falling = Curve((0.1, 0.3, 0.9), (24.0, 23.0, 21.0), (1, 2, 3))
+    assert falling.psnr_within(0.5) == 24.0
+    rising = Curve((0.1, 0.3, 0.9), (24.0, 27.0, 31.0), (1, 2, 3))
+    assert 27.0 < float(rising.psnr_within(0.5) or 0) < 31.0
+    assert rising.psnr_within(2.0) == 31.0
+    assert rising.psnr_within(0.05) is None
+
+
+def test_an_average_is_exported_like_a_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (run(photos, tmp_path / name, steps, monkeypatch) for name, steps in (("one", 2), ("other", 4)))
+    with pytest.raises(ValueError, match="sum to 1"):
+        average(other, [(0.5, one), (0.6, other)], tmp_path / "mean/checkpoint.pt")
+    mean = average(other, [(0.25, one), (0.75, other)], tmp_path / "mean/checkpoint.pt")
+    for name, value in read_weights(mean).items():
+        if value.is_floating_point():
+            wanted = 0.25 * read_weights(one)[name] + 0.75 * read_weights(other)[name]
+            assert torch.allclose(value, wanted, atol=1e-6), name
+    monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    (tmp_path / "store").mkdir()
+    entry = export(mean, "tiny-1", tmp_path / "store")
+    assert "0.25 one/checkpoint.pt" in str(entry["training"])

@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import struct
+from dataclasses import replace
 
 import google_crc32c
 import numpy as np
@@ -312,3 +313,40 @@ def test_a_broken_store_is_told_at_readyz_not_by_a_crash(tmp_path) -> None:  # t
         problem(client.get("/livez"), 503, "not-ready")
         problem(client.post("/compress", content=b"x"), 503, "not-ready")
         assert "limpid_ready 0.0" in client.get("/metrics").text
+
+
+def lying(stream: bytes, width: int, height: int) -> bytes:
+    """The stream, saying of itself that it is of another size."""
+    known = Bitstream.from_bytes(stream)
+    return replace(known, width=width, height=height).to_bytes()
+
+
+@pytest.mark.parametrize(("width", "height"), [(4_000_000, 1), (1, 4_000_000)])
+def test_a_line_is_refused_before_it_is_worked_on_in_blocks(
+    client: TestClient, stream: bytes, width: int, height: int
+) -> None:
+    detail = problem(client.post("/decompress", content=lying(stream, width, height)), 422, "too-many-pixels")
+    assert "64000000 in blocks" in detail
+
+
+def test_a_photo_too_wide_for_a_format_comes_back_in_another_or_is_told(client: TestClient) -> None:
+    wide = client.post("/compress", content=image_bytes(np.full((16, 16_400, 3), 90, np.uint8))).content
+    answer = client.post("/decompress", content=wide, headers={"Accept": "image/webp, image/*;q=0.5"})
+    assert answer.headers["content-type"] == "image/png"
+    detail = problem(client.post("/decompress", content=wide, headers={"Accept": "image/webp"}), 406, "not-acceptable")
+    assert "16400" in detail
+
+
+def test_a_form_of_an_unreadable_charset_is_malformed(client: TestClient) -> None:
+    form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x; charset=undefined"}
+    problem(client.post("/compress", content=form, headers=kind), 400, "malformed-request")
+
+
+def test_a_budget_needs_the_memory_of_one_photo(parrots: Photo) -> None:
+    settings = Settings(max_queue_bytes=parrots.nbytes + 1000)
+    with TestClient(create_app(settings, load_first=True)) as client:
+        answer = client.post("/compress", content=image_bytes(parrots), params={"max_bytes": 20_000})
+        assert answer.status_code == 200, answer.text
+        times = timings(answer.headers["server-timing"])
+        assert times["transform"] < 60_000

@@ -1,0 +1,62 @@
+"""`python -m model_store.training.average`: a weighted mean of the weights of several runs, as a checkpoint to export.
+
+Stages of training that start from one another lie in one basin, and their mean is often better than each (Wortsman et
+al., "Model soups", ICML 2022). All are moved to today's range of lambda first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model_store.training.loss import LAMBDA_RANGE
+from model_store.training.weights import weights_to_start_from
+
+
+def average(checkpoint: Path, parts: Sequence[tuple[float, Path]], output: Path) -> Path:
+    """Write `output`: the checkpoint with its EMA replaced by the mean of `parts`, its own weights not included.
+
+    Args:
+        parts: shares, which sum to 1, and files of weights: checkpoints, or safetensors of `keep_weights`.
+
+    Raises:
+        ValueError: the shares do not sum to 1, or the weights are of different models.
+    """
+    if abs(sum(share for share, _ in parts) - 1) > 1e-6:
+        raise ValueError(f"expected shares that sum to 1, got {[share for share, _ in parts]}")
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    mean: dict[str, Tensor] = {}
+    for share, path in parts:
+        weights = weights_to_start_from(path)
+        if weights.keys() != state["ema"].keys():
+            raise ValueError(f"expected the weights of one {state['size']}, {path} has others")
+        for name, value in weights.items():
+            mean[name] = mean.get(name, 0) + share * value if value.is_floating_point() else value
+    low, high = LAMBDA_RANGE
+    told = ", ".join(f"{share:g} {path.parent.name}/{path.name}" for share, path in parts)
+    record = {**state["record"], "lambda_low": low, "lambda_high": high, "averaged": told}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({**state, "ema": mean, "record": record}, output)
+    return output
+
+
+def _part(text: str) -> tuple[float, Path]:
+    share, _, path = text.partition("=")
+    return float(share), Path(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m model_store.training.average", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of the last run, whose record goes along")
+    parser.add_argument("parts", type=_part, nargs="+", metavar="SHARE=FILE", help="0.5=runs/a/checkpoint.pt, ...")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint.pt to write, in a folder of its own")
+    args = parser.parse_args()
+    print(average(args.checkpoint, args.parts, args.output))
+
+
+if __name__ == "__main__":
+    main()
