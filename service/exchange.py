@@ -192,9 +192,17 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
         raise Problem(
             QUEUE_FULL, f"{service.admitted} requests are in progress, the most that may", {"Retry-After": seconds}
         )
+    announced = request.headers.get("content-length", "")
+    length = int(announced) if announced.isdecimal() else 0  # a chunked body is bounded by its largest size alone
+    if service.body_bytes and service.body_bytes + length > service.settings.max_queue_bytes:
+        raise Problem(
+            QUEUE_FULL, f"bodies of {service.body_bytes} bytes are in progress, the most that may",
+            {"Retry-After": str(ready.batcher.retry_after())},
+        )  # fmt: skip
     call = Exchange(request, service, ready, operation, time.monotonic() + timeout)
     in_progress = service.metrics.in_progress.labels(operation)
     service.admitted += 1
+    service.body_bytes += length
     in_progress.inc()
     try:
         async with asyncio.timeout(timeout):
@@ -211,6 +219,7 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
         raise ClientGone(call.phase) from None
     finally:
         service.admitted -= 1
+        service.body_bytes -= length
         in_progress.dec()
         if call.watcher:
             call.watcher.cancel()

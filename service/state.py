@@ -37,6 +37,7 @@ class Service:
         stage_span: records the stages of a request in its trace.
         ready: None while the models load, or for good with a `failure` that says why.
         admitted: requests between their admission and their answer.
+        body_bytes: of their bodies, as announced.
         draining: set by SIGTERM; nothing more is admitted.
     """
 
@@ -46,6 +47,7 @@ class Service:
     ready: Ready | None = None
     failure: str | None = None
     admitted: int = 0
+    body_bytes: int = 0
     draining: bool = False
 
     @property

@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.batching import DeviceBroken
 from service.codec.bitstream import Bitstream
 from service.engine import DeviceFailure, EncodeJob, Engine, Photo, StageTimes
 from service.settings import Settings
@@ -118,3 +119,22 @@ def test_a_budget_takes_two_device_passes(own: TestClient, monkeypatch: pytest.M
     answer = own.post("/compress", content=data, params={"max_bytes": size})
     assert answer.headers["limpid-rate"] == "5"
     assert passes == [[2, 4, 6, 8], [5]]
+
+
+def test_bodies_are_admitted_up_to_the_bytes_of_the_queue(own: TestClient, bikes: Photo) -> None:
+    service, data = state(own), image_bytes(bikes)
+    service.body_bytes = service.settings.max_queue_bytes - 10
+    answer = own.post("/compress", content=data)
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) >= 1
+    service.body_bytes = 0
+    assert own.post("/compress", content=data).status_code == 200
+    assert service.body_bytes == 0
+
+
+def test_a_failed_device_is_not_ready_in_the_metrics_either(own: TestClient) -> None:
+    assert "limpid_ready 1.0" in own.get("/metrics").text
+    service = state(own)
+    assert service.ready
+    service.ready.batcher.broken = DeviceBroken("the device is gone")
+    assert "limpid_ready 0.0" in own.get("/metrics").text
