@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from model_store.training.frequencies import fitted_tables
 from model_store.training.report import REPORT_FILE, read_report
@@ -42,10 +43,7 @@ def export(
     Raises:
         ValueError: the store already has another model of that name.
     """
-    path = store / "store.json"
-    index: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"default": name, "models": []}
-    if any(known["name"] == name for known in index["models"]):
-        raise ValueError(f"expected a name that {path} does not have yet, got {name}")
+    _refuse_known(store, name)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = TrainableCodec(CONFIGS[state["size"]])
     model.load_state_dict(state["ema"])
@@ -55,25 +53,56 @@ def export(
     if photos:
         codec = ShippedCodec.from_tensors(tensors, description, torch.device("cpu"))
         tensors, description = ship(model, head, fitted_tables(codec, photos, COUNTED_BATCHES))
-    data = save(tensors, {"limpid": description})
+    training = {
+        "date": datetime.date.today().isoformat(),
+        "steps": state["step"],
+        "hours": round(state["seconds"] / 3600, 2),
+        **state["record"],
+        "batches_counted": COUNTED_BATCHES if photos else 0,
+    }
+    return enter(store, name, state["size"], tensors, description, training, make_default)
+
+
+def _read(store: Path) -> dict[str, Any]:
+    path = store / "store.json"
+    index: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": []}
+    return index
+
+
+def _refuse_known(store: Path, name: str) -> None:
+    if any(known["name"] == name for known in _read(store)["models"]):
+        raise ValueError(f"expected a name that {store / 'store.json'} does not have yet, got {name}")
+
+
+def enter(
+    store: Path,
+    name: str,
+    size: str,
+    tensors: dict[str, Tensor],
+    description: str,
+    training: dict[str, Any],
+    make_default: bool,
+) -> dict[str, object]:
+    """Write what `ship` made into a store. Returns the entry.
+
+    Raises:
+        ValueError: the store already has another model of that name.
+    """
+    _refuse_known(store, name)
+    index, data = _read(store), save(tensors, {"limpid": description})
     entry: dict[str, object] = {
         "name": name,
-        "size": state["size"],
+        "size": size,
         "file": f"{name}.safetensors",
         "sha256": hashlib.sha256(data).hexdigest(),
         "known_answer": ShippedCodec.from_tensors(tensors, description, torch.device("cpu")).known_answer(),
-        "training": {
-            "date": datetime.date.today().isoformat(),
-            "steps": state["step"],
-            "hours": round(state["seconds"] / 3600, 2),
-            **state["record"],
-            "batches_counted": COUNTED_BATCHES if photos else 0,
-        },
+        "training": training,
     }
     index["models"].append(entry)
-    if make_default:
+    if make_default or "default" not in index:
         index["default"] = name
-    for target, content in ((store / str(entry["file"]), data), (path, (json.dumps(index, indent=2) + "\n").encode())):
+    text = json.dumps({"default": index["default"], **index}, indent=2) + "\n"
+    for target, content in ((store / str(entry["file"]), data), (store / "store.json", text.encode())):
         new = target.with_name(f".{target.name}.new")
         new.write_bytes(content)
         new.replace(target)

@@ -21,6 +21,7 @@ from model_store.training.frequencies import fitted_tables
 from model_store.training.loop import Batches, Schedule, train
 from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool
+from model_store.training.recode import recode
 from model_store.training.report import targets, train_report
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import keep_weights, read_weights, stretched, weights_to_start_from
@@ -287,3 +288,26 @@ def test_an_average_is_exported_like_a_run(photos: Path, tmp_path: Path, monkeyp
     (tmp_path / "store").mkdir()
     entry = export(mean, "tiny-1", tmp_path / "store")
     assert "0.25 one/checkpoint.pt" in str(entry["training"])
+
+
+def test_a_recoded_model_gives_the_same_pictures_from_fewer_bytes(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo
+) -> None:
+    checkpoint = run(photos, tmp_path / "run", 4, monkeypatch)
+    monkeypatch.setitem(CONFIGS, "tiny", replace(TINY, skipped=3))
+    store = tmp_path / "store"
+    store.mkdir()
+    export(checkpoint, "tiny-1", store)
+    for path in photos.rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((256, 256)).save(path)
+    recode(store, "tiny-1", "tiny-2", photos, batches=4)
+    with pytest.raises(ValueError, match="does not have yet"):
+        recode(store, "tiny-1", "tiny-2", photos, batches=4)
+    engine = Engine(ModelStore(store), "cpu")
+    assert engine.default.entry.name == "tiny-2"
+    assert engine.default.entry.training["weights_of"] == "tiny-1"
+    before, after = engine.encode([EncodeJob(bikes, 6, "tiny-1"), EncodeJob(bikes, 6, "tiny-2")])
+    assert len(after.payload) < len(before.payload)
+    old, new = engine.decode([before, after])
+    assert float(np.abs(old.astype(int) - new).mean()) < 1
