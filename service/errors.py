@@ -20,7 +20,7 @@ from service.batching import DeviceBroken, Draining, QueueFull
 from service.budget import UnmeetableBudget
 from service.codec.bitstream import BitstreamError, NotABitstream, UnsupportedVersion
 from service.engine import UnknownModel
-from service.imaging import CorruptImage, NotAnImage, TooLargeForFormat, TooManyPixels
+from service.imaging import CorruptImage, NotAnImage, TooManyPixels
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
@@ -71,7 +71,6 @@ _TABLE: tuple[tuple[type[Exception], Kind], ...] = (  # the first match counts, 
     (BitstreamError, CORRUPT_BITSTREAM),
     (NotAnImage, NOT_AN_IMAGE),
     (TooManyPixels, TOO_MANY_PIXELS),
-    (TooLargeForFormat, NOT_ACCEPTABLE),
     (CorruptImage, CORRUPT_IMAGE),
     (QueueFull, QUEUE_FULL),
     (Draining, DRAINING),

@@ -187,18 +187,15 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
     check_key(request, service.settings)
     ready = service.require()
     timeout = timeout_of(request, service.settings)
-    if service.admitted >= service.settings.max_queue_items:
-        seconds = str(ready.batcher.retry_after())
-        raise Problem(
-            QUEUE_FULL, f"{service.admitted} requests are in progress, the most that may", {"Retry-After": seconds}
-        )
     announced = request.headers.get("content-length", "")
     length = int(announced) if announced.isdecimal() else 0  # a chunked body is bounded by its largest size alone
-    if service.body_bytes and service.body_bytes + length > service.settings.max_queue_bytes:
-        raise Problem(
-            QUEUE_FULL, f"bodies of {service.body_bytes} bytes are in progress, the most that may",
-            {"Retry-After": str(ready.batcher.retry_after())},
-        )  # fmt: skip
+    full = None
+    if service.admitted >= service.settings.max_queue_items:
+        full = f"{service.admitted} requests are in progress"
+    elif service.body_bytes and service.body_bytes + length > service.settings.max_queue_bytes:
+        full = f"bodies of {service.body_bytes} bytes are in progress"
+    if full:
+        raise Problem(QUEUE_FULL, f"{full}, the most that may", {"Retry-After": str(ready.batcher.retry_after())})
     call = Exchange(request, service, ready, operation, time.monotonic() + timeout)
     in_progress = service.metrics.in_progress.labels(operation)
     service.admitted += 1

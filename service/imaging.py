@@ -77,9 +77,7 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
     except Exception as error:  # Pillow's plugins raise whatever their libraries do
         raise CorruptImage(f"the image header is damaged: {error}") from error
     with image:
-        if image.width * image.height > max_pixels:
-            raise TooManyPixels(f"expected at most {max_pixels} pixels, got {image.width}x{image.height}")
-        check_padded(image.height, image.width, max_pixels)
+        check_size(image.height, image.width, max_pixels)
         try:
             image.load()
             return _to_srgb(_upright(image))
@@ -99,12 +97,14 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def check_padded(height: int, width: int, max_pixels: int) -> None:
+def check_size(height: int, width: int, max_pixels: int) -> None:
     """A photo is worked on with both sides rounded up to 16, which makes a line 16 times as large: that counts too.
 
     Raises:
-        TooManyPixels: rounded up, it is over an eighth larger than the limit.
+        TooManyPixels: it is larger than the limit, or rounded up over an eighth larger.
     """
+    if height * width > max_pixels:
+        raise TooManyPixels(f"expected at most {max_pixels} pixels, got {width}x{height}")
     padded = -(-height // 16) * -(-width // 16) * 256
     if padded > max_pixels + max_pixels // 8 + 2**16:
         raise TooManyPixels(f"expected at most {max_pixels} pixels, got {width}x{height}, {padded} in blocks of 16x16")

@@ -9,7 +9,7 @@ from service.budget import DEFAULT_RATE, best_rate, budget_bytes, rates_to_try
 from service.client import Compressed, Restored
 from service.codec.bitstream import Bitstream
 from service.engine import EncodeJob, Engine, Model, StageTimes
-from service.imaging import OutputFormat, TooManyPixels, check_padded, read_photo, write_photo
+from service.imaging import OutputFormat, check_size, read_photo, write_photo
 from service.settings import Settings
 from service.store import ModelStore
 
@@ -79,10 +79,7 @@ class Local:
             TooManyPixels: it is larger than the settings allow.
         """
         stream, times = Bitstream.from_bytes(bitstream), StageTimes()
-        if stream.pixels > self._settings.max_pixels:
-            limit = self._settings.max_pixels
-            raise TooManyPixels(f"expected at most {limit} pixels, got {stream.width}x{stream.height}")
-        check_padded(stream.height, stream.width, self._settings.max_pixels)
+        check_size(stream.height, stream.width, self._settings.max_pixels)
         self._expect(self._engine.model_of(stream), 1)
         (photo,) = self._engine.decode([stream], times)
         output = next(one for one in OutputFormat if one.media_type == media_type)

@@ -21,7 +21,7 @@ from service.imaging import (
     OutputFormat,
     TooLargeForFormat,
     TooManyPixels,
-    check_padded,
+    check_size,
     read_photo,
     write_photo,
 )
@@ -180,10 +180,10 @@ def test_a_broken_exif_is_ignored(parrots: Photo) -> None:
 
 
 def test_a_line_counts_as_the_blocks_it_fills() -> None:
-    check_padded(6000, 8333, 50_000_000)
-    check_padded(1, 1, 100)
+    check_size(6000, 8333, 50_000_000)
+    check_size(1, 1, 100)
     with pytest.raises(TooManyPixels, match="in blocks of 16x16"):
-        check_padded(1, 40_000_000, 50_000_000)
+        check_size(1, 40_000_000, 50_000_000)
 
 
 def test_a_format_says_what_it_cannot_hold() -> None:

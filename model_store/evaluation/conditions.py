@@ -104,20 +104,32 @@ def degraded_photo(clean: Photo, index: int, condition: str) -> Photo:
     return (out[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
+def _pairs(name: str) -> bool:
+    return [condition.name for condition in SETS[name]] == ["pairs"]
+
+
+def clean_paths(root: Path, name: str) -> list[Path]:
+    """The clean photos of a set, sorted.
+
+    Raises:
+        ValueError: the set is not below root.
+    """
+    paths = sorted((root / name).glob("*_clean.png" if _pairs(name) else "*.png"))
+    if not paths:
+        raise ValueError(f"expected PNG photos in {root / name}")
+    return paths
+
+
 def samples(root: Path, name: str, limit: int | None = None) -> Iterator[Sample]:
     """Every photo of a set under every condition of it.
 
     Raises:
         ValueError: the set is not below root.
     """
-    pairs = [condition.name for condition in SETS[name]] == ["pairs"]
-    paths = sorted((root / name).glob("*_clean.png" if pairs else "*.png"))[:limit]
-    if not paths:
-        raise ValueError(f"expected PNG photos in {root / name}")
-    for index, path in enumerate(paths):
+    for index, path in enumerate(clean_paths(root, name)[:limit]):
         clean = read_rgb(path)
         for condition in SETS[name]:
-            if pairs:
+            if _pairs(name):
                 stem = path.stem.removesuffix("_clean")
                 (other,) = set((root / name).glob(f"{stem}_*.png")) - {path}
                 yield Sample(stem, condition, clean, read_rgb(other))

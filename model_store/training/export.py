@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from model_store.training.frequencies import fitted_tables
+from model_store.training.frequencies import COUNTED_BATCHES, with_counted_tables
 from model_store.training.report import REPORT_FILE, read_report
 from model_store.training.weights import keep_weights
 from service.codec.config import CONFIGS
@@ -27,9 +27,6 @@ from service.codec.shipped import ShippedCodec, ship
 
 STORE = Path(__file__).parents[1]
 STATES = Path(__file__).parent / "states"
-
-
-COUNTED_BATCHES = 120
 
 
 def export(
@@ -43,16 +40,14 @@ def export(
     Raises:
         ValueError: the store already has another model of that name.
     """
-    _refuse_known(store, name)
+    refuse_known(store, name)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = TrainableCodec(CONFIGS[state["size"]])
     model.load_state_dict(state["ema"])
     report = checkpoint.with_name(REPORT_FILE)
-    head = read_report(report, model.config) if report.exists() else None
-    tensors, description = ship(model, head)
+    tensors, description = ship(model, read_report(report, model.config) if report.exists() else None)
     if photos:
-        codec = ShippedCodec.from_tensors(tensors, description, torch.device("cpu"))
-        tensors, description = ship(model, head, fitted_tables(codec, photos, COUNTED_BATCHES))
+        tensors = with_counted_tables(tensors, description, photos)
     training = {
         "date": datetime.date.today().isoformat(),
         "steps": state["step"],
@@ -63,14 +58,18 @@ def export(
     return enter(store, name, state["size"], tensors, description, training, make_default)
 
 
-def _read(store: Path) -> dict[str, Any]:
+def read_index(store: Path) -> dict[str, Any]:
+    """`store.json` as it is; an empty one where there is none yet."""
     path = store / "store.json"
     index: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": []}
     return index
 
 
-def _refuse_known(store: Path, name: str) -> None:
-    if any(known["name"] == name for known in _read(store)["models"]):
+def refuse_known(store: Path, name: str) -> None:
+    """Raises:
+    ValueError: the store already has a model of that name.
+    """
+    if any(known["name"] == name for known in read_index(store)["models"]):
         raise ValueError(f"expected a name that {store / 'store.json'} does not have yet, got {name}")
 
 
@@ -83,13 +82,8 @@ def enter(
     training: dict[str, Any],
     make_default: bool,
 ) -> dict[str, object]:
-    """Write what `ship` made into a store. Returns the entry.
-
-    Raises:
-        ValueError: the store already has another model of that name.
-    """
-    _refuse_known(store, name)
-    index, data = _read(store), save(tensors, {"limpid": description})
+    """Write what `ship` made into a store that has no model of that name. Returns the entry."""
+    index, data = read_index(store), save(tensors, {"limpid": description})
     entry: dict[str, object] = {
         "name": name,
         "size": size,

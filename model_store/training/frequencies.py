@@ -6,32 +6,45 @@ they are, and with them the exact path; only the table that belongs to each is d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from model_store.training.loop import Batches
+from model_store.training.loop import Batch, Batches
 from model_store.training.photos import PhotoPool
 from service.codec.shipped import ShippedCodec
 from service.codec.tables import CdfTables, gaussian_tables
 
+COUNTED_BATCHES = 120
+
 _BELIEF = 2000.0  # symbols' worth of trust in the Gaussian: levels that are seldom used keep it
 
 
-def fitted_tables(codec: ShippedCodec, photos: Path, batches: int, crop: int = 224, seed: int = 3) -> CdfTables:
-    """Tables of y, one per scale level, symmetric and of the same reach as `gaussian_tables`.
+def with_counted_tables(
+    tensors: dict[str, Tensor], description: str, photos: Path, batches: int = COUNTED_BATCHES, crop: int = 224
+) -> dict[str, Tensor]:
+    """The tensors of a shipped model (`ship`) with other tables of y, symmetric and of the reach of `gaussian_tables`.
 
     Args:
-        codec: the model on the CPU, with tables of that reach.
         photos: a folder of photographs; they are degraded as in training, at random rate points.
         batches: how many batches of four crops to count.
     """
-    data = iter(Batches(PhotoPool(photos, crop, codec.device), 4, crop, codec.device, seed))
+    codec = ShippedCodec.from_tensors(tensors, description, torch.device("cpu"))
+    tables = _counted(
+        codec, iter(Batches(PhotoPool(photos, crop, codec.device), 4, crop, codec.device, seed=3)), batches
+    )
+    return tensors | {f"tables.y.{key}": torch.from_numpy(getattr(tables, key)) for key in ("cdf", "size", "offset")}
+
+
+def _counted(codec: ShippedCodec, data: Iterator[Batch], batches: int) -> CdfTables:
     tables = gaussian_tables()
     counts = [np.zeros(size - 1) for size in tables.size]
-    for _ in range(batches):
-        batch = next(data)
+    for batch in islice(data, batches):
         y, z_hat, _ = codec.analyse(batch.degraded, batch.rate)
         for latents in codec.symbols_of(y, z_hat, batch.rate):
             for symbols, levels in latents.passes:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model_store.evaluation.conditions import SETS
+from model_store.evaluation.conditions import SETS, clean_paths
 
 FILE = Path(__file__).with_suffix(".txt")
 
@@ -25,9 +25,12 @@ Bits = NDArray[np.bool_]
 
 def fingerprint(image: Image.Image) -> Bits:
     """(256,) whether each of 16x16 cells is brighter than the one to its left."""
-    grey = np.asarray(image.convert("L").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX), np.int16)
-    bits: Bits = (np.diff(grey, axis=1) > 0).ravel()
+    bits: Bits = (np.diff(np.asarray(_reduced(image), np.int16), axis=1) > 0).ravel()
     return bits
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    return image.convert("L").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX)
 
 
 @cache
@@ -39,9 +42,10 @@ def _known() -> Bits:
 
 def is_held_out(image: Image.Image) -> bool:
     """Whether a photograph looks like one of the evaluation's, or its mirror image."""
+    small = _reduced(image)
     return any(
         bool(((_known() != fingerprint(one)).sum(1) <= _ALIKE).any())
-        for one in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        for one in (small, small.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     )
 
 
@@ -51,8 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = []
     for name in SETS:
-        pairs = [condition.name for condition in SETS[name]] == ["pairs"]
-        for path in sorted((args.photos / name).glob("*_clean.png" if pairs else "*.png")):
+        for path in clean_paths(args.photos, name):
             with Image.open(path) as image:
                 lines.append(np.packbits(fingerprint(image)).tobytes().hex())
     FILE.write_text("\n".join(lines) + "\n")

@@ -13,14 +13,12 @@ import datetime
 import json
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from model_store.training.export import COUNTED_BATCHES, STORE, enter
-from model_store.training.frequencies import fitted_tables
+from model_store.training.export import STORE, enter, read_index, refuse_known
+from model_store.training.frequencies import COUNTED_BATCHES, with_counted_tables
 from service.codec.config import CONFIGS
-from service.codec.shipped import ShippedCodec
 
 
 def recode(
@@ -31,17 +29,16 @@ def recode(
     Raises:
         ValueError: the store has no `model`, or already a `name`.
     """
-    known = {entry["name"]: entry for entry in json.loads((store / "store.json").read_text())["models"]}
+    refuse_known(store, name)
+    known = {entry["name"]: entry for entry in read_index(store)["models"]}
     if model not in known:
         raise ValueError(f"expected one of {', '.join(known)}, got {model}")
     path = store / known[model]["file"]
     with safe_open(path, framework="pt") as opened:
         description = json.loads(opened.metadata()["limpid"])
     description["config"]["skipped"] = CONFIGS[known[model]["size"]].skipped
-    stated, tensors = json.dumps(description, sort_keys=True), load_file(path)
-    tables = fitted_tables(ShippedCodec.from_tensors(tensors, stated, torch.device("cpu")), photos, batches)
-    for key in ("cdf", "size", "offset"):
-        tensors[f"tables.y.{key}"] = torch.from_numpy(getattr(tables, key))
+    stated = json.dumps(description, sort_keys=True)
+    tensors = with_counted_tables(load_file(path), stated, photos, batches)
     training = {
         **known[model]["training"],
         "weights_of": model,

@@ -335,13 +335,8 @@ class ShippedCodec:
             raise ValueError(f"expected the tensors of a shipped codec: {error}") from error
 
 
-def ship(
-    model: TrainableCodec, report: ReportHead | None = None, y_tables: CdfTables | None = None
-) -> tuple[dict[str, Tensor], str]:
-    """Freeze a trained model: float16 transforms, integer prior and tables, and a JSON description of its shape.
-
-    `y_tables` holds a table per scale level; without it they are Gaussian.
-    """
+def ship(model: TrainableCodec, report: ReportHead | None = None) -> tuple[dict[str, Tensor], str]:
+    """Freeze a trained model: float16 transforms, integer prior and tables, and a JSON description of its shape."""
     with torch.no_grad():
         prior = model.prior.integers(model.latent_gains())
         location, scale = model.z_prior.parameters_at(torch.arange(RATE_POINTS))
@@ -362,7 +357,7 @@ def ship(
         tensors[f"rescale.{name}.factor"] = rescale.factor.to(torch.int16)
         tensors[f"rescale.{name}.shift"] = rescale.shift.to(torch.int8)
     z_tables = logistic_tables(location.double().flatten().numpy(), scale.double().flatten().numpy())
-    for name, tables in (("y", y_tables or gaussian_tables()), ("z", z_tables)):
+    for name, tables in (("y", gaussian_tables()), ("z", z_tables)):
         for key in ("cdf", "size", "offset"):
             tensors[f"tables.{name}.{key}"] = torch.from_numpy(getattr(tables, key))
     description = {

@@ -15,13 +15,12 @@ from service.errors import (
     MALFORMED,
     NOT_A_BITSTREAM,
     NOT_ACCEPTABLE,
-    TOO_MANY_PIXELS,
     UNSUPPORTED_VERSION,
     Problem,
     documented,
 )
 from service.exchange import BINARY, body_schema, exchange
-from service.imaging import OutputFormat, check_padded, write_photo
+from service.imaging import OutputFormat, check_size, write_photo
 from service.routes.accept import choose_format
 from service.routes.compress import degradation_header
 from service.state import ServiceDependency
@@ -58,10 +57,7 @@ async def decompress(
     async with exchange(request, service, "decompress") as call:
         data = await call.body()
         stream = Bitstream.from_bytes(data)
-        limit = service.settings.max_pixels
-        if stream.pixels > limit:
-            raise Problem(TOO_MANY_PIXELS, f"expected at most {limit} pixels, got {stream.width}x{stream.height}")
-        check_padded(stream.height, stream.width, limit)
+        check_size(stream.height, stream.width, service.settings.max_pixels)
         output = choose_format(accept, max(stream.height, stream.width))
         name = call.ready.engine.model_of(stream).entry.name
         key = ("decompress", name, latent_size(stream.height, stream.width))

@@ -17,7 +17,7 @@ from model_store.evaluation.report import Curve
 from model_store.training import held_out, loop
 from model_store.training.average import average
 from model_store.training.export import export
-from model_store.training.frequencies import fitted_tables
+from model_store.training.frequencies import with_counted_tables
 from model_store.training.loop import Batches, Schedule, train
 from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool
@@ -137,11 +137,14 @@ def test_counted_frequencies_save_bytes_and_decode(
     monkeypatch.setitem(CONFIGS, "tiny", TINY)
     model = TrainableCodec(TINY)
     model.load_state_dict(read_weights(checkpoint))
-    gaussian = ShippedCodec.from_tensors(*ship(model), CPU)
-    tables = fitted_tables(gaussian, photos, batches=20, crop=64)
+    tensors, description = ship(model)
+    gaussian = ShippedCodec.from_tensors(tensors, description, CPU)
+    counted = ShippedCodec.from_tensors(
+        with_counted_tables(tensors, description, photos, batches=20, crop=64), description, CPU
+    )
+    tables = counted.y_tables.tables
     assert np.array_equal(tables.size, gaussian.y_tables.tables.size)
     assert all((np.diff(row[:size]) > 0).all() for row, size in zip(tables.cdf, tables.size))
-    counted = ShippedCodec.from_tensors(*ship(model, None, tables), CPU)
     x = torch.from_numpy(bikes[:128, :128].copy()).permute(2, 0, 1)[None].float() / 255
     rate = torch.tensor([6])
     (latents,) = counted.symbols_of(*counted.analyse(x, rate)[:2], rate)
