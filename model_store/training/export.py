@@ -22,8 +22,8 @@ from model_store.training.frequencies import COUNTED_BATCHES, with_counted_table
 from model_store.training.report import REPORT_FILE, read_report
 from model_store.training.weights import keep_weights
 from service.codec.config import CONFIGS
-from service.codec.model import TrainableCodec
-from service.codec.shipped import ShippedCodec, ship
+from service.codec.model import TrainableCodec, ship
+from service.codec.shipped import ShippedCodec
 
 STORE = Path(__file__).parents[1]
 STATES = Path(__file__).parent / "states"

@@ -4,13 +4,14 @@
                 |                          ^
                 +-> h_a -> z -> z_hat -> prior
 
-A shipped model is made from it by `service.codec.shipped.ship`; bitstreams are made and read there.
+`ship` makes a shipped model from it; bitstreams are made and read by `service.codec.shipped`.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from service.codec.config import RATE_POINTS, CodecConfig
 from service.codec.exact import straight_clamp, straight_round
 from service.codec.prior import MEAN_FRACTION, Half, PriorNet, PriorOutput, halves
-from service.codec.tables import Z_LIMIT, level_to_scale
+from service.codec.report import ReportHead
+from service.codec.tables import Z_LIMIT, gaussian_tables, level_to_scale, logistic_tables
 from service.codec.transforms import GAIN_ANCHORS, Analysis, HyperAnalysis, Synthesis, rate_position
 
 _LEAST_LIKELIHOOD = 2.0**-16
@@ -147,3 +149,36 @@ class TrainableCodec(nn.Module):
             y_bits = first.bits(self.training, skipped) + second.bits(self.training, skipped)
             z_bits = self.z_prior(z + torch.rand_like(z) - 0.5 if self.training else z_hat, rate)
         return CodecOutput(self.g_s(y_hat, rate), y, y_hat, y_bits, z_bits)
+
+
+def ship(model: TrainableCodec, report: ReportHead | None = None) -> tuple[dict[str, Tensor], str]:
+    """Freeze a trained model: float16 transforms, integer prior and tables, and a JSON description of its shape."""
+    with torch.no_grad():
+        prior = model.prior.integers(model.latent_gains())
+        location, scale = model.z_prior.parameters_at(torch.arange(RATE_POINTS))
+    tensors = {
+        f"{name}.{key}": value.to(torch.float16)
+        for name in ("g_a", "g_s", "h_a")
+        for key, value in getattr(model, name).state_dict().items()
+    }
+    if report:
+        tensors |= {f"report.{key}": value.float() for key, value in report.state_dict().items()}
+    tensors["deviation"] = model.prior.deviation.float()
+    for name, layer in prior.layers.items():
+        tensors[f"prior.{name}.weight"] = layer.weight.to(torch.int8)
+        tensors[f"prior.{name}.bias"] = layer.bias.to(torch.int32)
+        tensors[f"prior.{name}.shift"] = layer.shift.to(torch.int8)
+    rescales = {"mean": prior.mean_rescale, "context": prior.context_rescale}
+    for name, rescale in rescales.items():
+        tensors[f"rescale.{name}.factor"] = rescale.factor.to(torch.int16)
+        tensors[f"rescale.{name}.shift"] = rescale.shift.to(torch.int8)
+    z_tables = logistic_tables(location.double().flatten().numpy(), scale.double().flatten().numpy())
+    for name, tables in (("y", gaussian_tables()), ("z", z_tables)):
+        for key in ("cdf", "size", "offset"):
+            tensors[f"tables.{name}.{key}"] = torch.from_numpy(getattr(tables, key))
+    description = {
+        "config": asdict(model.config),
+        "clamps": {name: [layer.low, layer.high] for name, layer in prior.layers.items()},
+        "limits": {name: rescale.limit for name, rescale in rescales.items()},
+    }
+    return {name: value.contiguous() for name, value in tensors.items()}, json.dumps(description, sort_keys=True)

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 
 from service.codec.config import CONFIGS
 from service.codec.cost import cost
-from service.codec.model import TrainableCodec
-from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride, ship
+from service.codec.model import TrainableCodec, ship
+from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride
 from service.engine import EncodeJob, Engine, Photo, StageTimes
 from service.settings import Settings
 from service.store import ModelStore

@@ -12,8 +12,8 @@ import torch
 from service.codec.blocks import HATB
 from service.codec.config import CONFIGS, EDGE, CodecConfig, Stage
 from service.codec.cost import cost
-from service.codec.model import TrainableCodec
-from service.codec.shipped import ShippedCodec, latent_size, ship
+from service.codec.model import TrainableCodec, ship
+from service.codec.shipped import ShippedCodec, latent_size
 from service.codec.tables import SCALE_LEVELS, gaussian_tables, level_to_scale, scale_to_level
 from service.engine import Photo
 
@@ -80,7 +80,7 @@ def test_certain_latents_are_not_coded_and_equal_their_mean(parrots: Photo) -> N
     assert all(len(symbols) > 100 and not symbols.any() for symbols in certain)
     assert any(symbols[levels > 6].any() for symbols, levels in latents.passes)
     y_hat = codec.read([codec.write(latents)], rate, 6, 5)
-    (again,) = codec.symbols_of(y_hat, z_hat, rate)
+    (again,) = codec.rounded(y_hat, z_hat, rate)
     assert all(np.array_equal(a, b) for one, two in zip(latents.passes, again.passes) for a, b in zip(one, two))
     older = json.loads(description)
     del older["config"]["skipped"]

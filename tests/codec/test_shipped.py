@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from service.codec import shipped
 from service.codec.bitstream import Bitstream, CorruptBitstream
 from service.codec.config import RATE_POINTS
 from service.codec.shipped import Coded, LatentSymbols, ShippedCodec, latent_size
@@ -59,10 +60,41 @@ def test_latents_survive_every_mix_of_batch_and_threads(codec: ShippedCodec, par
                     assert torch.equal(y_hat, decoded[0])
                 # What was decoded is what the encoder meant: quantising it again gives the encoder's own symbols.
                 z_hat = torch.from_numpy(latents.z).float().reshape(1, codec.config.hyper, -(-h // 4), -(-w // 4))
-                assert same(codec.symbols_of(decoded[0][None], z_hat, alone)[0], latents)
+                assert same(codec.rounded(decoded[0][None], z_hat, alone)[0], latents)
                 torch.set_num_threads(encode_threads)
     finally:
         torch.set_num_threads(before)
+
+
+def generations(codec: ShippedCodec, x: torch.Tensor, count: int) -> list[float]:
+    """PSNR, dB, of each copy of copies of x at rate point 6."""
+    rate, size, copy, out = torch.tensor([5]), latent_size(*x.shape[2:]), x, []
+    for _ in range(count):
+        y_hat = codec.read([codec.write(encode(codec, copy, rate)[0])], rate, *size)
+        copy = (codec.synthesise(y_hat, rate) * 255).round() / 255
+        out.append(-10 * float((copy - x).square().mean().log10()))
+    return out
+
+
+def test_copies_of_copies_do_not_fade(codec: ShippedCodec, bikes: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = batch_of([bikes[:160, :192]])
+    held = generations(codec, x, 6)
+    monkeypatch.setattr(shipped, "COPY", 0.0)
+    let_go = generations(codec, x, 6)
+    assert held[0] == let_go[0]
+    assert held[0] - held[-1] < 0.6 * (let_go[0] - let_go[-1])
+
+
+def test_a_copy_is_told_from_other_photos_in_its_batch(codec: ShippedCodec, parrots: Photo, bikes: Photo) -> None:
+    rate = torch.tensor([5])
+    first = batch_of([bikes[:160, :192]])
+    y_hat = codec.read([codec.write(encode(codec, first, rate)[0])], rate, 10, 12)
+    batch = torch.cat([first, batch_of([noisy(parrots[:160, :192])]), codec.synthesise(y_hat, rate)])
+    y, z_hat, _ = codec.analyse(batch, rate.expand(3))
+    plain = codec.rounded(y, z_hat, rate.expand(3))
+    assert [one.rounding < shipped.COPY for one in plain] == [False, False, True]
+    taken = codec.symbols_of(y, z_hat, rate.expand(3))
+    assert [same(a, b) for a, b in zip(plain, taken)] == [True, True, False]
 
 
 def test_known_answer_is_the_stored_one_with_any_thread_count(engine: Engine, threads: int) -> None:
