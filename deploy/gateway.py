@@ -99,19 +99,21 @@ class Gateway:
 
     async def run(self, stop: asyncio.Event, poll: float = 0.25) -> None:
         """Work until `stop`; what is under way then is given up, and its frame stays for the next time."""
-        while not stop.is_set():
+        taking, stopped = asyncio.create_task(self._take_up(poll)), asyncio.create_task(stop.wait())
+        await asyncio.wait((taking, stopped), return_when=asyncio.FIRST_COMPLETED)
+        tasks = [taking, stopped, *self._under_way.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if not taking.cancelled():
+            taking.result()  # it ends of itself only by an error
+
+    async def _take_up(self, poll: float) -> None:
+        while True:
             for path in self.waiting():
                 await self._room.acquire()
-                if stop.is_set():
-                    break
                 self._under_way[path.name] = asyncio.create_task(self._send(path))
-            try:
-                await asyncio.wait_for(stop.wait(), poll)
-            except TimeoutError:
-                continue
-        for task in self._under_way.values():
-            task.cancel()
-        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+            await asyncio.sleep(poll)
 
     def waiting(self) -> list[Path]:
         """Frames to send: complete (unchanged since the last look), without a result, not refused, not under way."""

@@ -16,7 +16,8 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.gateway import boundary, parts
+from deploy.gateway import Gateway, boundary, parts
+from service.client import AsyncClient
 from service.codec.bitstream import Bitstream
 from service.engine import Engine, Photo
 from tests.conftest import image_bytes
@@ -119,6 +120,28 @@ def test_no_frame_of_a_folder_is_lost_when_the_gateway_is_killed(tmp_path: Path,
     assert "not-an-image" in (out / "refused/bad.jpg.txt").read_text()
     assert len(list(frames.glob("*.jpg"))) == FRAMES + 1
     check(out, engine)
+
+
+def test_it_stops_at_once_while_frames_wait_for_a_service_that_is_silent(tmp_path: Path) -> None:
+    for index in range(3):
+        (tmp_path / f"{index}.jpg").write_bytes(b"frame")
+
+    async def silence(*_: object, **__: object) -> None:
+        await asyncio.sleep(60)
+
+    async def stopped_after() -> float:
+        async with AsyncClient("http://127.0.0.1:9") as limpid:
+            limpid.compress = silence  # type: ignore[assignment, method-assign]
+            stop = asyncio.Event()
+            work = asyncio.create_task(Gateway(limpid, tmp_path, tmp_path / "out", BUDGET, 1, False).run(stop, 0.05))
+            await asyncio.sleep(0.3)
+            stop.set()
+            start = time.monotonic()
+            await work
+            return time.monotonic() - start
+
+    assert asyncio.run(stopped_after()) < 1
+    assert len(list(tmp_path.glob("*.jpg"))) == 3
 
 
 @pytest.mark.parametrize("size", [1, 7, 10_000])
