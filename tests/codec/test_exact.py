@@ -1,5 +1,7 @@
 """`service.codec.exact`: integers in, integers out, whatever carries or sums them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,3 +140,13 @@ def test_a_wide_layer_gets_a_wider_carrier_and_the_same_result() -> None:
     integers.layers["first_mean"] = IntegerLayer(mean.weight, mean.bias + 2.0**53, mean.shift, mean.low, mean.high)
     with pytest.raises(ValueError, match="first_mean"):
         integers.on(cpu)
+
+
+def test_a_rescale_beyond_float32_is_refused() -> None:
+    torch.manual_seed(2)
+    with torch.no_grad():
+        integers = PriorNet(TINY).integers(torch.ones(8, TINY.latents))
+    rescale = integers.context_rescale
+    too_large = replace(rescale, factor=rescale.factor.clone().index_fill_(1, torch.tensor([3]), 512))
+    with pytest.raises(ValueError, match="exact range of float32"):
+        replace(integers, context_rescale=too_large).on(torch.device("cpu"))
