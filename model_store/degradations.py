@@ -62,7 +62,7 @@ class Ranges:
     curtain: float = 0.0
 
 
-TRAINING = Ranges(curtain=0.6)
+TRAINING = Ranges(curtain=0.6, light=(0.06, 0.4))  # a stop too dark is no night: dim photos were brightened
 EVALUATION = Ranges(
     rain_density=(0.002, 0.024),
     rain_length=(9, 46),

@@ -40,14 +40,14 @@ def _halved(photo: Tensor) -> Tensor:
     return F.avg_pool2d(photo[None].float(), 2)[0].round().to(torch.uint8)
 
 
-def toned(x: Tensor, generator: torch.Generator, share: float = 0.15) -> Tensor:
+def toned(x: Tensor, generator: torch.Generator, share: float = 0.25) -> Tensor:
     """A share of clean crops (B, 3, H, W) darker, brighter or flatter than they were, and still clean.
 
     A dull sky or a dim room is no degradation; without these a model learns to brighten and stretch whatever is flat.
     """
     chosen, gamma, contrast, pivot = torch.rand(4, len(x), 1, 1, 1, generator=generator).to(x.device)
     contrast = 0.6 + 0.4 * contrast  # from 0.25 on, haze was no longer told from a flat scene
-    changed = x ** (0.5 * 4**gamma) * contrast + pivot * (1 - contrast)
+    changed = x ** (0.5 * 5**gamma) * contrast + pivot * (1 - contrast)
     return torch.where(chosen < share, changed, x)
 
 

@@ -34,9 +34,10 @@ class CodecConfig:
         hyper: channels of z.
         features: channels of the hyper features that both passes of the prior see.
         context: hidden channels of the two passes.
-        skipped: latents up to this scale level are never coded and always equal to their mean. At 6, a deviation of
-            0.23, these are two fifths of those above level 0; the few bits that they would get buy less than elsewhere
-            (0.3 to 0.6% BD-rate, Kodak). The first models skip level 0, a deviation of 0.11, only.
+        skipped: latents up to this scale level are never coded and always equal to their mean: the few bits that they
+            would get buy less than elsewhere, but on dim and dull photos. With level 2, 4, 6 (deviations of 0.14, 0.18,
+            0.23) and counted frequencies four photos of Kodak took 0.5, 0.7, 0.8% fewer bits; under haze 0.3% fewer,
+            as many, 4.0% more; in low light 0.4, 2.9, 5.2% more. The first models skip level 0 only.
     """
 
     name: str
@@ -68,14 +69,14 @@ class CodecConfig:
         return self.stages[-1].dim
 
 
-EDGE = CodecConfig("edge", stem=8, stages=(Stage(128, 3), Stage(192, 2)), skipped=6)
+EDGE = CodecConfig("edge", stem=8, stages=(Stage(128, 3), Stage(192, 2)), skipped=3)
 BASE = CodecConfig(
     "base",
     stem=4,
     stages=(Stage(96, 5), Stage(192, 5), Stage(256, 2)),
     features=160,
     context=320,
-    skipped=6,
+    skipped=3,
 )
 PAPER_S = CodecConfig(
     "paper-s",
@@ -84,7 +85,7 @@ PAPER_S = CodecConfig(
     heads=4,
     ffn=2.66,
     hyper=128,
-    skipped=6,
+    skipped=3,
 )
 PAPER_L = CodecConfig(
     "paper-l",
@@ -93,7 +94,7 @@ PAPER_L = CodecConfig(
     heads=4,
     ffn=2.66,
     hyper=192,
-    skipped=6,
+    skipped=3,
 )
 
 CONFIGS = {config.name: config for config in (EDGE, BASE, PAPER_S, PAPER_L)}
