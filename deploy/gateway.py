@@ -100,11 +100,13 @@ class Gateway:
     async def run(self, stop: asyncio.Event, poll: float = 0.25) -> None:
         """Work until `stop`; what is under way then is given up, and its frame stays for the next time."""
         taking, stopped = asyncio.create_task(self._take_up(poll)), asyncio.create_task(stop.wait())
-        await asyncio.wait((taking, stopped), return_when=asyncio.FIRST_COMPLETED)
-        tasks = [taking, stopped, *self._under_way.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            await asyncio.wait((taking, stopped), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            tasks = [taking, stopped, *self._under_way.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         if not taking.cancelled():
             taking.result()  # it ends of itself only by an error
 
@@ -122,10 +124,10 @@ class Gateway:
         for path in sorted(self.frames.iterdir()):
             if path.suffix.lower() not in ENDINGS or path.name.startswith(".") or path.name in self._under_way:
                 continue
-            if self._result(path).exists() or (self.refused / path.name).exists():
-                continue
             try:
                 state = path.stat()
+                if self._done(path, state.st_mtime_ns):
+                    continue
             except FileNotFoundError:  # somebody took it away
                 continue
             seen[path.name] = state.st_size, state.st_mtime_ns
@@ -133,6 +135,15 @@ class Gateway:
                 found.append(path)
         self._seen = seen
         return found
+
+    def _done(self, path: Path, written: int) -> bool:
+        """Whether a frame has its result; with --delete one that the last stop left behind goes now."""
+        for result in (self._result(path), self.refused / path.name):
+            if result.exists():
+                if self.delete and written < result.stat().st_mtime_ns:
+                    path.unlink()
+                return True
+        return False
 
     def _result(self, path: Path) -> Path:
         return self.out / f"{path.name}.lmp"

@@ -32,7 +32,10 @@ class Local:
         self._tell = tell
 
     def _expect(self, model: Model, photos: int) -> None:
-        self._total += photos * model.codec.watch(self._step)
+        self._total += photos * model.codec.watch(self._step, self._add)
+
+    def _add(self, steps: int) -> None:
+        self._total += steps
 
     def _step(self) -> None:
         self._done += 1

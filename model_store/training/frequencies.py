@@ -46,7 +46,7 @@ def _counted(codec: ShippedCodec, data: Iterator[Batch], batches: int) -> CdfTab
     counts = [np.zeros(size - 1) for size in tables.size]
     for batch in islice(data, batches):
         y, z_hat, _ = codec.analyse(batch.degraded, batch.rate)
-        for latents in codec.symbols_of(y, z_hat, batch.rate):
+        for latents in codec.rounded(y, z_hat, batch.rate)[0]:
             for symbols, levels in latents.passes:
                 _count(counts, codec.y_tables.clip(symbols, levels) - tables.offset[levels], levels)
     masses = []

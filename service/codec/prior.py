@@ -154,8 +154,10 @@ class IntegerPrior:
             ValueError: a layer could leave float64's exact range, or a rescale float32's.
         """
         if dtype is None:
-            for rescale, reach in ((self.mean_rescale, _NORMAL_MEAN_LIMIT), (self.context_rescale, MEAN_LIMIT)):
-                if (product := reach * float(rescale.factor.abs().max())) >= FLOAT32_EXACT:
+            means = [self.layers[name] for name in OUTPUTS if name.endswith("mean")]
+            normal = max(max(abs(layer.low), abs(layer.high)) for layer in means)
+            for rescale, reach in ((self.mean_rescale, normal), (self.context_rescale, MEAN_LIMIT)):
+                if (product := reach * float(rescale.factor.double().abs().max())) >= FLOAT32_EXACT:
                     raise ValueError(f"products up to {product:.3g} leave the exact range of float32 (2^24)")
         layers = {name: layer.scaled(device, dtype or carrier(name, layer)) for name, layer in self.layers.items()}
         outputs = {name: (layers[name].outputs(0), layers.pop(name).outputs(1)) for name in OUTPUTS}

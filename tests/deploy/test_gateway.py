@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import os
 import subprocess
 import sys
 import threading
@@ -142,6 +143,25 @@ def test_it_stops_at_once_while_frames_wait_for_a_service_that_is_silent(tmp_pat
 
     assert asyncio.run(stopped_after()) < 1
     assert len(list(tmp_path.glob("*.jpg"))) == 3
+
+
+def test_a_frame_that_has_its_result_goes_if_the_last_stop_left_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, frame_time, result_time in (("left", 10, 20), ("new", 30, 20)):
+        (tmp_path / f"{name}.jpg").write_bytes(b"frame")
+        (out / f"{name}.jpg.lmp").write_bytes(b"result")
+        os.utime(tmp_path / f"{name}.jpg", (frame_time, frame_time))
+        os.utime(out / f"{name}.jpg.lmp", (result_time, result_time))
+
+    async def waiting(delete: bool) -> list[Path]:
+        async with AsyncClient("http://127.0.0.1:9") as limpid:
+            return Gateway(limpid, tmp_path, out, BUDGET, 1, delete).waiting()
+
+    assert asyncio.run(waiting(delete=False)) == []
+    assert len(list(tmp_path.glob("*.jpg"))) == 2
+    assert asyncio.run(waiting(delete=True)) == []
+    assert [path.name for path in tmp_path.glob("*.jpg")] == ["new.jpg"]
 
 
 @pytest.mark.parametrize("size", [1, 7, 10_000])
