@@ -96,6 +96,8 @@ class Gateway:
         self._room = asyncio.Semaphore(at_once)
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._seen: dict[str, tuple[int, int]] = {}
+        if delete:
+            self._delete_leftovers()
 
     async def run(self, stop: asyncio.Event, poll: float = 0.25) -> None:
         """Work until `stop`; what is under way then is given up, and its frame stays for the next time."""
@@ -124,10 +126,10 @@ class Gateway:
         for path in sorted(self.frames.iterdir()):
             if path.suffix.lower() not in ENDINGS or path.name.startswith(".") or path.name in self._under_way:
                 continue
+            if any(result.exists() for result in self._results(path)):
+                continue
             try:
                 state = path.stat()
-                if self._done(path, state.st_mtime_ns):
-                    continue
             except FileNotFoundError:  # somebody took it away
                 continue
             seen[path.name] = state.st_size, state.st_mtime_ns
@@ -136,17 +138,28 @@ class Gateway:
         self._seen = seen
         return found
 
-    def _done(self, path: Path, written: int) -> bool:
-        """Whether a frame has its result; with --delete one that the last stop left behind goes now."""
-        for result in (self._result(path), self.refused / path.name):
-            if result.exists():
-                if self.delete and written < result.stat().st_mtime_ns:
-                    path.unlink()
-                return True
-        return False
+    def _delete_leftovers(self) -> None:
+        """Delete the frames whose results a stop let be written, but that it left behind.
+
+        A frame that came after the result is another one of that name; ctime tells, whatever mtime it was given.
+        """
+        for path in self.frames.iterdir():
+            for result in self._results(path):
+                try:
+                    frame, then = path.stat(), result.stat()
+                    if frame.st_mtime_ns < then.st_mtime_ns and frame.st_ctime_ns <= then.st_ctime_ns:
+                        path.unlink()
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    log.error("%s: %s", path.name, error)
 
     def _result(self, path: Path) -> Path:
         return self.out / f"{path.name}.lmp"
+
+    def _results(self, path: Path) -> tuple[Path, Path]:
+        """Either lies in OUT once the frame is done: its bitstream, or the frame itself, refused."""
+        return self._result(path), self.refused / path.name
 
     async def _send(self, path: Path) -> None:
         try:

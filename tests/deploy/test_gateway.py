@@ -164,6 +164,22 @@ def test_a_frame_that_has_its_result_goes_if_the_last_stop_left_it(tmp_path: Pat
     assert [path.name for path in tmp_path.glob("*.jpg")] == ["new.jpg"]
 
 
+def test_a_frame_that_came_after_the_result_of_its_name_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.jpg.lmp").write_bytes(b"result")
+    time.sleep(0.05)  # more than a tick of the file system's clock
+    (tmp_path / "a.jpg").write_bytes(b"another frame")
+    os.utime(tmp_path / "a.jpg", (10, 10))  # delivered with the time at which it was taken
+
+    async def start() -> None:
+        async with AsyncClient("http://127.0.0.1:9") as limpid:
+            Gateway(limpid, tmp_path, out, BUDGET, 1, True)
+
+    asyncio.run(start())
+    assert (tmp_path / "a.jpg").exists()
+
+
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 def test_a_stream_is_cut_into_its_parts_however_it_arrives(size: int) -> None:
     body = b"".join(
