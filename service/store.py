@@ -17,6 +17,7 @@ from safetensors.torch import load as load_tensors
 
 from service.codec.bitstream import MODEL_ID_BYTES
 from service.codec.config import RATE_POINTS
+from service.codec.known_answer import known_answer
 from service.codec.shipped import ShippedCodec
 from service.files import write_whole
 
@@ -43,7 +44,7 @@ class ModelEntry(BaseModel):
     """One model of the store.
 
     `sha256` is the file's; its first 8 bytes are the model id that bitstreams carry. `known_answer` is what
-    `ShippedCodec.known_answer` gives on every device. `training` records how the weights came about.
+    `service.codec.known_answer` gives on every device. `training` records how the weights came about.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -157,7 +158,7 @@ class ModelStore:
             codec = ShippedCodec.from_tensors(load_tensors(data), description, device, dtype)
         except (SafetensorError, ValueError) as error:
             raise StoreError(f"model {entry.name}: {path}: {error}") from error
-        answer = codec.known_answer()
+        answer = known_answer(codec)
         if answer != entry.known_answer:
             raise StoreError(
                 f"model {entry.name}: the exact path gives {answer[:16]}... on {device}, expected "

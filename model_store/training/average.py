@@ -1,7 +1,8 @@
 """`python -m model_store.training.average`: a weighted mean of the weights of several runs, as a checkpoint to export.
 
 Stages of training that start from one another lie in one basin, and their mean is often better than each (Wortsman et
-al., "Model soups", ICML 2022). All are moved to today's range of lambda first.
+al., "Model soups", ICML 2022). All are moved to today's range of lambda and passes
+of the prior first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from model_store.training.loss import LAMBDA_RANGE
-from model_store.training.weights import weights_to_start_from
+from model_store.training.weights import grown, weights_to_start_from
+from service.codec.config import CONFIGS
 
 
 def average(checkpoint: Path, parts: Sequence[tuple[float, Path]], output: Path) -> Path:
@@ -29,10 +31,11 @@ def average(checkpoint: Path, parts: Sequence[tuple[float, Path]], output: Path)
     if abs(sum(share for share, _ in parts) - 1) > 1e-6:
         raise ValueError(f"expected shares that sum to 1, got {[share for share, _ in parts]}")
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    mean: dict[str, Tensor] = {}
+    config, mean = CONFIGS[state["size"]], dict[str, Tensor]()
+    wanted = grown(state["ema"], config.passes)
     for share, path in parts:
-        weights = weights_to_start_from(path)
-        if weights.keys() != state["ema"].keys():
+        weights = weights_to_start_from(path, config)
+        if weights.keys() != wanted.keys():
             raise ValueError(f"expected the weights of one {state['size']}, {path} has others")
         for name, value in weights.items():
             mean[name] = mean.get(name, 0) + share * value if value.is_floating_point() else value

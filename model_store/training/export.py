@@ -22,6 +22,7 @@ from model_store.training.frequencies import COUNTED_BATCHES, with_counted_table
 from model_store.training.report import REPORT_FILE, read_report
 from model_store.training.weights import keep_weights
 from service.codec.config import CONFIGS
+from service.codec.known_answer import known_answer
 from service.codec.model import TrainableCodec, ship
 from service.codec.shipped import ShippedCodec
 
@@ -89,7 +90,7 @@ def enter(
         "size": size,
         "file": f"{name}.safetensors",
         "sha256": hashlib.sha256(data).hexdigest(),
-        "known_answer": ShippedCodec.from_tensors(tensors, description, torch.device("cpu")).known_answer(),
+        "known_answer": known_answer(ShippedCodec.from_tensors(tensors, description, torch.device("cpu"))),
         "training": training,
     }
     index["models"].append(entry)

@@ -21,7 +21,7 @@ from model_store.training.warm_start import warm_start
 from model_store.training.weights import trained_lambdas, weights_to_start_from
 from service.codec.config import CONFIGS, RATE_POINTS
 from service.codec.device import pick_device, transform_precision
-from service.codec.model import CodecOutput, TrainableCodec
+from service.codec.model import CodecOutput, CodedLatents, TrainableCodec
 
 KIND_SHARES: dict[Kind, float] = {
     Kind.CLEAN: 0.33,
@@ -51,7 +51,10 @@ EMA_DECAY = 0.999
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates over a budget of time: a steady share, then a linear decay to 2%."""
+    """Learning rates over a budget of time: a steady share, then a linear decay to 2%.
+
+    With an `lr` of 0 the transforms stay as they are and only their entropy model learns, several times faster.
+    """
 
     minutes: float
     lr: float
@@ -141,7 +144,7 @@ def _groups(model: TrainableCodec, schedule: Schedule) -> list[dict[str, object]
     return [{"params": transforms, "base": schedule.lr}, {"params": prior, "base": schedule.prior_lr}]
 
 
-def _unsteadiness(model: TrainableCodec, out: CodecOutput, rate: Tensor) -> Tensor:
+def _unsteadiness(model: TrainableCodec, out: CodedLatents, rate: Tensor) -> Tensor:
     """The mean squared distance between z of y and z of y_hat, a little off. Only h_a learns from it."""
     y_hat = out.y_hat.detach()
     with torch.no_grad():
@@ -186,11 +189,14 @@ def train(
     model.to(memory_format=torch.channels_last)
     if not path.exists():
         if start_from:
-            model.load_state_dict(weights_to_start_from(start_from))
+            model.load_state_dict(weights_to_start_from(start_from, model.config))
         elif warm:
             warm_start(model, pool)
     if prepare:
         prepare(model)
+    if not schedule.lr:
+        for part in (model.g_a, model.g_s):
+            part.requires_grad_(False)
     optimizer = torch.optim.AdamW(_groups(model, schedule), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     batches, ema = Batches(pool, batch, crop, where, seed), Ema(model)
     step, seconds = 0, 0.0
@@ -236,12 +242,14 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * factor
         with torch.autocast(where.type, torch.bfloat16, enabled=halved):
-            out = model(data.degraded, data.rate)
+            out = model(data.degraded, data.rate) if schedule.lr else model.code(data.degraded, data.rate)
         pixels = crop * crop
-        mse = (out.x_hat.float() - data.clean).square().mean((1, 2, 3))
         bpp = (out.y_bits + out.z_bits) / pixels
-        weight = rate_lambda(data.rate)
-        loss = (weight * balanced_distortion(mse, weight) + bpp).mean()
+        loss = bpp.mean()
+        if isinstance(out, CodecOutput):
+            mse = (out.x_hat.float() - data.clean).square().mean((1, 2, 3))
+            weight = rate_lambda(data.rate)
+            loss = loss + (weight * balanced_distortion(mse, weight)).mean()
         unsteadiness = _unsteadiness(model, out, data.rate)
         loss = loss + STEADY_WEIGHT * unsteadiness
         optimizer.zero_grad(set_to_none=True)
@@ -253,11 +261,9 @@ def train(
             ema.update(model, step)
         step += 1
         clean = [index for index, kinds in enumerate(data.kinds) if kinds == (Kind.CLEAN,)]
-        psnr = -10 * mse.detach().clamp_min(1e-9).log10()
         values = {
             "loss": float(loss.detach()),
             "bpp": float(bpp.detach().mean()),
-            "psnr": float(psnr.mean()),
             "z_bpp": float(out.z_bits.detach().mean()) / pixels,
             "unsteadiness": float(unsteadiness.detach()),
             "grad_norm": float(norm),
@@ -265,9 +271,13 @@ def train(
             "count": 1.0,
         }
         if clean:
-            values["clean_psnr"] = float(psnr[clean].sum())
             values["clean_bpp"] = float(bpp.detach()[clean].sum())
             values["clean"] = float(len(clean))
+        if isinstance(out, CodecOutput):
+            psnr = -10 * mse.detach().clamp_min(1e-9).log10()
+            values["psnr"] = float(psnr.mean())
+            if clean:
+                values["clean_psnr"] = float(psnr[clean].sum())
         for name, value in values.items():
             if math.isfinite(value):
                 sums[name] = sums.get(name, 0.0) + value
@@ -280,7 +290,8 @@ def train(
             line = {name: value / (clean_count if name.startswith("clean") else count) for name, value in sums.items()}
             log.write(json.dumps({"step": step, "seconds": round(seconds), "lr": factor * schedule.lr, **line}) + "\n")
             log.flush()
-            bar.set_description(f"step {step}  {line['bpp']:.3f} bpp  {line['psnr']:.2f} dB", refresh=False)
+            quality = f"  {line['psnr']:.2f} dB" if "psnr" in line else ""
+            bar.set_description(f"step {step}  {line['bpp']:.3f} bpp{quality}", refresh=False)
             sums = {}
         if done or now - saved > CHECKPOINT_SECONDS:
             save()

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model_store.training.loss import LAMBDA_RANGE
+from service.codec.config import CodecConfig
+from service.codec.prior import ORDINALS, OUTPUTS
 
 FIRST_LAMBDA_RANGE = (80.0, 5000.0)
 """Of the runs that did not write theirs down."""
@@ -42,10 +44,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _read(path)[0]
 
 
-def weights_to_start_from(path: Path) -> dict[str, Tensor]:
-    """The weights of a run, its rate points moved to today's `LAMBDA_RANGE`."""
+def weights_to_start_from(path: Path, config: CodecConfig) -> dict[str, Tensor]:
+    """The weights of a run, its rate points moved to today's `LAMBDA_RANGE` and its prior grown to today's passes."""
     weights, trained = _read(path)
-    return stretched(weights, trained, LAMBDA_RANGE)
+    return grown(stretched(weights, trained, LAMBDA_RANGE), config.passes)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], tuple[float, float]]:
@@ -62,6 +64,16 @@ def trained_lambdas(record: Mapping[str, Any]) -> tuple[float, float]:
     """The range of lambda that a run's record, or a file's metadata, tells."""
     low, high = FIRST_LAMBDA_RANGE
     return float(record.get(_LOW, low)), float(record.get(_HIGH, high))
+
+
+def grown(weights: dict[str, Tensor], passes: int) -> dict[str, Tensor]:
+    """With the layers of the passes that the prior lacks: as a start, those of its second one."""
+    second, out = f"prior.layers.{ORDINALS[1]}_", dict(weights)
+    for step in ORDINALS[2:passes]:
+        for name, value in weights.items():
+            if name.startswith(second) and not name.startswith(tuple(f"prior.layers.{last}." for last in OUTPUTS)):
+                out.setdefault(name.replace(second, f"prior.layers.{step}_"), value.clone())
+    return out
 
 
 def stretched(

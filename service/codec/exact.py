@@ -90,9 +90,9 @@ class ScaledLayer:
     low: int
     high: int
 
-    def outputs(self, first: int) -> ScaledLayer:
-        """Every second output from `first` on."""
-        chosen = slice(first, None, 2)
+    def outputs(self, first: int, step: int) -> ScaledLayer:
+        """Every `step`-th output from `first` on."""
+        chosen = slice(first, None, step)
         return ScaledLayer(self.weight[:, chosen].contiguous(), self.bias[:, chosen].contiguous(), self.low, self.high)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from service.codec.config import RATE_POINTS, CodecConfig
 from service.codec.exact import straight_clamp, straight_round
-from service.codec.prior import MEAN_FRACTION, Half, PriorNet, PriorOutput, halves
+from service.codec.prior import MEAN_FRACTION, Part, PriorNet, PriorOutput, parts
 from service.codec.report import ReportHead
 from service.codec.tables import Z_LIMIT, gaussian_tables, level_to_scale, logistic_tables
 from service.codec.transforms import GAIN_ANCHORS, Analysis, HyperAnalysis, Synthesis, rate_position
@@ -28,14 +28,20 @@ _UNIT = 2.0**MEAN_FRACTION
 
 
 @dataclass(frozen=True)
-class CodecOutput:
-    """x_hat: (B, 3, H, W), not clipped; y, y_hat: (B, N, H/16, W/16); y_bits, z_bits: (B,), estimated per photo."""
+class CodedLatents:
+    """y, y_hat: (B, N, H/16, W/16); y_bits, z_bits: (B,), estimated per photo."""
 
-    x_hat: Tensor
     y: Tensor
     y_hat: Tensor
     y_bits: Tensor
     z_bits: Tensor
+
+
+@dataclass(frozen=True)
+class CodecOutput(CodedLatents):
+    """x_hat besides: (B, 3, H, W), not clipped."""
+
+    x_hat: Tensor
 
 
 def _bits(likelihood: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ class FactorizedPrior(nn.Module):
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass over its half of the latents, all (B, n) in coding order: what the prior says, y, and y rounded."""
+    """One pass over its part of the latents, all (B, n) in coding order: what the prior says, y, and y rounded."""
 
     mean: Tensor
     level: Tensor
@@ -82,8 +88,8 @@ class _Pass:
     y_hat: Tensor
 
     @classmethod
-    def of(cls, output: PriorOutput, half: Half, y: Tensor, skipped: int) -> _Pass:
-        mean, seen = output.mean / _UNIT, half.gathered(y.permute(0, 2, 3, 1))
+    def of(cls, output: PriorOutput, part: Part, y: Tensor, skipped: int) -> _Pass:
+        mean, seen = output.mean / _UNIT, part.gathered(y.permute(0, 2, 3, 1))
         steps = straight_round(seen - mean).masked_fill(output.level <= skipped, 0)
         return cls(mean, output.level, seen, mean + steps)
 
@@ -125,6 +131,11 @@ class TrainableCodec(nn.Module):
         return y / (self.g_a.gain(rate) * self.prior.deviation[:, None, None])
 
     def forward(self, x: Tensor, rate: Tensor) -> CodecOutput:
+        """As `code`, and what the decoder makes of it."""
+        coded = self.code(x, rate)
+        return CodecOutput(coded.y, coded.y_hat, coded.y_bits, coded.z_bits, self.g_s(coded.y_hat, rate))
+
+    def code(self, x: Tensor, rate: Tensor) -> CodedLatents:
         """x: (B, 3, H, W) in [0, 1], H and W multiples of 16. rate: (B,) int64, indexes 0..7.
 
         The rate is estimated with uniform noise in training mode and with rounded values in evaluation mode; g_s sees
@@ -137,18 +148,18 @@ class TrainableCodec(nn.Module):
             z_hat = straight_clamp(straight_round(z), -Z_LIMIT, Z_LIMIT)
             prior = self.prior.integers(self.latent_gains()).on(y.device, torch.float32)
             h, w = y.shape[-2:]
-            half0, half1 = halves(h, w, y.device)
             features = prior.features(z_hat, rate, h, w)
             skipped = -1 if self.training else self.config.skipped
-            first = _Pass.of(prior.first_pass(features, rate, half0), half0, y, skipped)
-            known = half0.placed(first.y_hat, h, w)
-            second = _Pass.of(prior.second_pass(features, known * _UNIT, rate, half1), half1, y, skipped)
-            y_hat = (known + half1.placed(second.y_hat, h, w)).permute(0, 3, 1, 2)
+            known, y_bits = y.new_zeros(()), y.new_zeros(len(y))
+            for index, part in enumerate(parts(h, w, prior.passes, y.device)):
+                one = _Pass.of(prior.speak(index, features, known * _UNIT, rate, part), part, y, skipped)
+                known = known + part.placed(one.y_hat, h, w)
+                y_bits = y_bits + one.bits(self.training, skipped)
+            y_hat = known.permute(0, 3, 1, 2)
             if self.training and self.noisy:
                 y_hat = y + torch.rand_like(y) - 0.5
-            y_bits = first.bits(self.training, skipped) + second.bits(self.training, skipped)
             z_bits = self.z_prior(z + torch.rand_like(z) - 0.5 if self.training else z_hat, rate)
-        return CodecOutput(self.g_s(y_hat, rate), y, y_hat, y_bits, z_bits)
+        return CodedLatents(y, y_hat, y_bits, z_bits)
 
 
 def ship(model: TrainableCodec, report: ReportHead | None = None) -> tuple[dict[str, Tensor], str]:

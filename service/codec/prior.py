@@ -1,11 +1,13 @@
 """The exact prior: from z_hat to the mean and the scale index of every latent, in integers only.
 
-    z_hat -> h_s -> features -> pass 0 -> mu, scale index of half the latents
-                        |                       | y_hat of that half
-                        +------> pass 1 <-------+    -> mu, scale index of the other half
+    z_hat -> h_s -> features -> pass 0 -> mu, scale index of the first part of the latents
+                        |                       | y_hat of that part
+                        +------> pass 1 <-------+    -> mu, scale index of the second, and so on
 
-The halves are a checkerboard over row, column and channel, so that in the second pass every latent has its four
-neighbours and the channels beside it (the two-pass dual spatial prior of DCVC-HEM / DCVC-FM; no serial decoding).
+With two passes the parts are a checkerboard over row, column and channel, so that in the second pass every latent has
+its four neighbours and the channels beside it (the dual spatial prior of DCVC-HEM / DCVC-FM). With four, the four
+positions of every 2x2 square take turns, each group of channels in an order of its own (the quadtree of DCVC-DC): the
+last three quarters have more and more around them. No latent waits for another of its own pass.
 
 `PriorNet` holds the float parameters that are trained, `IntegerPrior` the integers that ship, `ExactPrior` is the
 arithmetic. Training runs the very same arithmetic on integers derived from the parameters. All of it runs on
@@ -49,46 +51,53 @@ _CONTEXT_MANTISSA = 255
 
 
 @dataclass(frozen=True)
-class Half:
-    """The latents of one pass. In coding order they go by channel, then row, then column.
+class Part:
+    """The latents of one of P passes: (B, n) in coding order, n = h w N / P.
 
     Attributes:
-        even, odd: indexes into the h*w positions: where the even and where the odd channels belong to this half.
+        at: for each of P groups of channels, every P-th from its own first one on, where its latents belong to this
+            part: indexes into the h*w positions. In coding order the groups' first channels come first, group by group
+            with their positions, then their second ones.
     """
 
-    even: Tensor
-    odd: Tensor
+    at: tuple[Tensor, ...]
 
     def gathered(self, y: Tensor) -> Tensor:
-        """y: (B, h, w, N). Returns (B, n), this half's in coding order."""
-        flat = y.flatten(1, 2)
-        return _in_order(*(flat.index_select(1, at)[..., first::2] for first, at in enumerate((self.even, self.odd))))
+        """y: (B, h, w, N). Returns (B, n), this part's in coding order."""
+        flat, groups = y.flatten(1, 2), len(self.at)
+        return _in_order([flat.index_select(1, at)[..., group::groups] for group, at in enumerate(self.at)])
 
     def placed(self, values: Tensor, h: int, w: int) -> Tensor:
-        """values: (B, n) in coding order. Returns (B, h, w, N), zero where the other half is."""
+        """values: (B, n) in coding order. Returns (B, h, w, N), zero where other parts are."""
         b = len(values)
-        even, odd = torch.split(values.view(b, -1, h * w).transpose(1, 2), [len(self.even), len(self.odd)], 1)
-        out = values.new_zeros(b, h * w, even.shape[2], 2)
-        out[:, self.even, :, 0] = even
-        out[:, self.odd, :, 1] = odd
+        groups = torch.split(values.view(b, -1, h * w).transpose(1, 2), [len(at) for at in self.at], 1)
+        out = values.new_zeros(b, h * w, groups[0].shape[2], len(groups))
+        for group, (at, placed) in enumerate(zip(self.at, groups)):
+            out[:, at, :, group] = placed
         return out.view(b, h, w, -1)
 
 
-def _in_order(even: Tensor, odd: Tensor) -> Tensor:
-    """The values (B, positions, N/2) of even and odd channels as (B, n) in coding order."""
-    return torch.cat([even, odd], 1).transpose(1, 2).flatten(1)
+def _in_order(groups: list[Tensor]) -> Tensor:
+    """The values of every group of channels, (B, positions, N / P), as (B, n) in coding order."""
+    return torch.cat(groups, 1).transpose(1, 2).flatten(1)
 
 
-def halves(h: int, w: int, device: torch.device) -> tuple[Half, Half]:
-    """The latents of pass 0 and of pass 1: a checkerboard over row, column and channel."""
-    colour = (torch.arange(h, device=device)[:, None] + torch.arange(w, device=device)).flatten() % 2
-    black, white = (colour == 0).nonzero()[:, 0], colour.nonzero()[:, 0]
-    return Half(black, white), Half(white, black)
+_TURNS = {2: (0, 1), 4: (0, 3, 1, 2)}
+"""By the number of passes: which cells of a group take their turn in which pass; in another group all are flipped.
+Diagonal neighbours follow one another, so that two of four passes make a checkerboard."""
+
+
+def parts(h: int, w: int, passes: int, device: torch.device) -> tuple[Part, ...]:
+    """The latents of every pass."""
+    i, j = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
+    cell = ((i + j) % 2 if passes == 2 else 2 * (i % 2) + j % 2).flatten()
+    where = [(cell == number).nonzero()[:, 0] for number in range(passes)]
+    return tuple(Part(tuple(where[turn ^ group] for group in range(passes))) for turn in _TURNS[passes])
 
 
 @dataclass(frozen=True)
 class PriorOutput:
-    """What a pass says of its half: `mean` in sixteenths and `level`, 0 to 63, both (B, n) in coding order."""
+    """What a pass says of its part: `mean` in sixteenths and `level`, 0 to 63, both (B, n) in coding order."""
 
     mean: Tensor
     level: Tensor
@@ -130,15 +139,16 @@ class ScaledRescale:
         factor = self.factor[rate].view(len(rate), *(1,) * (x.ndim - 2), -1)
         return requantise(x * factor + 0.5, -self.limit, self.limit)
 
-    def outputs(self, first: int) -> ScaledRescale:
-        """Every second channel from `first` on."""
-        return ScaledRescale(self.factor[:, first::2].contiguous(), self.limit)
+    def outputs(self, first: int, step: int) -> ScaledRescale:
+        """Every `step`-th channel from `first` on."""
+        return ScaledRescale(self.factor[:, first::step].contiguous(), self.limit)
 
 
 @dataclass(frozen=True)
 class IntegerPrior:
-    """The integers of a prior, as the store holds them."""
+    """The integers of a prior of two or four passes, as the store holds them."""
 
+    passes: int
     layers: dict[str, IntegerLayer]
     mean_rescale: Rescale
     context_rescale: Rescale
@@ -160,9 +170,12 @@ class IntegerPrior:
                 if (product := reach * float(rescale.factor.double().abs().max())) >= FLOAT32_EXACT:
                     raise ValueError(f"products up to {product:.3g} leave the exact range of float32 (2^24)")
         layers = {name: layer.scaled(device, dtype or carrier(name, layer)) for name, layer in self.layers.items()}
-        outputs = {name: (layers[name].outputs(0), layers.pop(name).outputs(1)) for name in OUTPUTS}
+        groups = range(self.passes)
+        outputs = {name: tuple(layers[name].outputs(g, self.passes) for g in groups) for name in OUTPUTS}
+        inner = {name: layer for name, layer in layers.items() if name not in OUTPUTS}
         mean = self.mean_rescale.scaled(device)
-        return ExactPrior(layers, outputs, (mean.outputs(0), mean.outputs(1)), self.context_rescale.scaled(device))
+        rescales = tuple(mean.outputs(g, self.passes) for g in groups)
+        return ExactPrior(self.passes, inner, outputs, rescales, self.context_rescale.scaled(device))
 
 
 @dataclass(frozen=True)
@@ -171,13 +184,14 @@ class ExactPrior:
 
     Attributes:
         layers: those that run at every position.
-        outputs: the last ones of each pass, by the even and the odd latents that they speak of.
-        mean_rescale: likewise. context_rescale: of y_hat, before pass 1 sees it.
+        outputs: the last ones of each pass, by the group of channels that they speak of.
+        mean_rescale: likewise. context_rescale: of y_hat, before a later pass sees it.
     """
 
+    passes: int
     layers: dict[str, ScaledLayer]
-    outputs: dict[str, tuple[ScaledLayer, ScaledLayer]]
-    mean_rescale: tuple[ScaledRescale, ScaledRescale]
+    outputs: dict[str, tuple[ScaledLayer, ...]]
+    mean_rescale: tuple[ScaledRescale, ...]
     context_rescale: ScaledRescale
 
     def tensors(self) -> list[Tensor]:
@@ -196,31 +210,33 @@ class ExactPrior:
         x = _shuffled(self._run(pointwise, "up2", x + self._run(depthwise, "local2", x, rate), rate))
         return x[:, :h, :w].contiguous()
 
-    def first_pass(self, features: Tensor, rate: Tensor, half: Half) -> PriorOutput:
-        """What it says of `half` of the latents, which is pass 0's."""
-        x = self._run(depthwise, "first_local", features, rate)
-        x = self._run(pointwise, "first_hidden", torch.cat([features, x], -1), rate)
-        return self._output("first", x, rate, half)
+    def speak(self, index: int, features: Tensor, y_hat: Tensor, rate: Tensor, part: Part) -> PriorOutput:
+        """What pass `index` says of a part of the latents.
 
-    def second_pass(self, features: Tensor, y_hat: Tensor, rate: Tensor, half: Half) -> PriorOutput:
-        """y_hat: (B, h, w, N) in sixteenths, zero where pass 1, whose half it is, has yet to speak."""
-        known = self.context_rescale(straight_clamp(y_hat, -MEAN_LIMIT, MEAN_LIMIT), rate)
-        near = self._run(depthwise, "second_near", known, rate)
-        wide = self._run(depthwise, "second_wide", known, rate)
-        x = self._run(pointwise, "second_merge", torch.cat([features, known, near, wide], -1), rate)
-        x = x + self._run(depthwise, "second_local", x, rate)
-        x = self._run(pointwise, "second_hidden", x, rate)
-        return self._output("second", x, rate, half)
+        y_hat: (B, h, w, N) in sixteenths, zero where no pass before has spoken; pass 0 does not look at it.
+        """
+        step = ORDINALS[index]
+        if index == 0:
+            x = self._run(depthwise, "first_local", features, rate)
+            x = self._run(pointwise, "first_hidden", torch.cat([features, x], -1), rate)
+        else:
+            known = self.context_rescale(straight_clamp(y_hat, -MEAN_LIMIT, MEAN_LIMIT), rate)
+            near = self._run(depthwise, f"{step}_near", known, rate)
+            wide = self._run(depthwise, f"{step}_wide", known, rate)
+            x = self._run(pointwise, f"{step}_merge", torch.cat([features, known, near, wide], -1), rate)
+            x = x + self._run(depthwise, f"{step}_local", x, rate)
+            x = self._run(pointwise, f"{step}_hidden", x, rate)
+        return self._output("second" if index else "first", x, rate, part)
 
-    def _output(self, step: str, x: Tensor, rate: Tensor, half: Half) -> PriorOutput:
+    def _output(self, step: str, x: Tensor, rate: Tensor, part: Part) -> PriorOutput:
         x = x.flatten(1, 2)
         means, levels = [], []
-        for parity, at in enumerate((half.even, half.odd)):
-            mean, level = (self.outputs[f"{step}_{name}"][parity] for name in ("mean", "level"))
+        for group, at in enumerate(part.at):
+            mean, level = (self.outputs[f"{step}_{name}"][group] for name in ("mean", "level"))
             seen = x.index_select(1, at)
-            means.append(self.mean_rescale[parity](_carried(pointwise, mean, seen, rate), rate))
+            means.append(self.mean_rescale[group](_carried(pointwise, mean, seen, rate), rate))
             levels.append(_carried(pointwise, level, seen, rate))
-        return PriorOutput(_in_order(*means), _in_order(*levels))
+        return PriorOutput(_in_order(means), _in_order(levels))
 
 
 def _carried(
@@ -236,8 +252,10 @@ def _shuffled(x: Tensor) -> Tensor:
     return x.view(b, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4)
 
 
+ORDINALS = ("first", "second", "third", "fourth")
 OUTPUTS = ("first_mean", "first_level", "second_mean", "second_level")
-_SUMS = {"up1", "up2", "second_hidden"}
+"""The last layers; those of the second pass serve all later ones."""
+_SUMS = {"up1", "up2", *(f"{step}_hidden" for step in ORDINALS[1:])}
 """Layers whose input is a sum of two activations and so reaches twice the limit."""
 
 
@@ -266,8 +284,8 @@ class PriorNet(nn.Module):
     """The float parameters of the prior.
 
     `deviation` (N,) is the typical deviation of each latent before its gain; the integers that normalise y_hat and
-    denormalise the mean follow it and the latent gains of g_a. With a `context_limit` of 0, pass 1 sees nothing of
-    pass 0.
+    denormalise the mean follow it and the latent gains of g_a. With a `context_limit` of 0, no pass sees anything of
+    those before.
     """
 
     deviation: Tensor
@@ -275,7 +293,7 @@ class PriorNet(nn.Module):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        n, f, c = config.latents, config.features, config.context
+        n, f, c, self.passes = config.latents, config.features, config.context, config.passes
         self.register_buffer("deviation", torch.ones(n))
 
         def layer(name: str, inputs: int, outputs: int, **options: int) -> TrainableLayer:
@@ -290,11 +308,12 @@ class PriorNet(nn.Module):
         add("up2", layer("up2", f, 4 * f))
         add("first_local", layer("first_local", f, f, taps=9))
         add("first_hidden", layer("first_hidden", 2 * f, c))
-        for name in ("second_near", "second_wide"):
-            add(name, layer(name, n, n, taps=9, low=-LIMIT))
-        add("second_merge", layer("second_merge", f + 3 * n, c))
-        add("second_local", layer("second_local", c, c, taps=9))
-        add("second_hidden", layer("second_hidden", c, c))
+        for step in ORDINALS[1 : self.passes]:
+            for name in (f"{step}_near", f"{step}_wide"):
+                add(name, layer(name, n, n, taps=9, low=-LIMIT))
+            add(f"{step}_merge", layer(f"{step}_merge", f + 3 * n, c))
+            add(f"{step}_local", layer(f"{step}_local", c, c, taps=9))
+            add(f"{step}_hidden", layer(f"{step}_hidden", c, c))
         for step in ("first", "second"):
             limit = _NORMAL_MEAN_LIMIT
             mean = layer("mean", c, n, fraction_out=_NORMAL_MEAN_FRACTION, low=-limit, high=limit)
@@ -321,6 +340,7 @@ class PriorNet(nn.Module):
         positions = torch.linspace(0, 1, RATE_POINTS, device=latent_gain.device)
         unit = (self.deviation * latent_gain).detach()
         return IntegerPrior(
+            self.passes,
             {name: self.layer(name).integers(positions) for name in self.layers},
             Rescale.nearest(unit * 2.0 ** (MEAN_FRACTION - _NORMAL_MEAN_FRACTION), _MEAN_MANTISSA, MEAN_LIMIT),
             Rescale.nearest(2.0 ** (FRACTION - MEAN_FRACTION) / unit, _CONTEXT_MANTISSA, self.context_limit),

@@ -11,11 +11,11 @@ All tensors of one call share one latent size; rates may differ within a batch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -27,7 +27,7 @@ from service.codec.bitstream import Degradation
 from service.codec.config import RATE_POINTS, STRIDE, CodecConfig, Stage
 from service.codec.exact import IntegerLayer
 from service.codec.fast import FastStack, speed_up
-from service.codec.prior import MEAN_FRACTION, Half, IntegerPrior, PriorOutput, Rescale, halves
+from service.codec.prior import MEAN_FRACTION, IntegerPrior, Part, PriorOutput, Rescale, parts
 from service.codec.rans import (
     SYMBOL_LIMIT,
     CorruptPayload,
@@ -74,7 +74,7 @@ class LatentSymbols:
 
     rate: int
     z: Symbols
-    passes: tuple[tuple[Symbols, Symbols], tuple[Symbols, Symbols]]
+    passes: tuple[tuple[Symbols, Symbols], ...]
 
 
 @dataclass(frozen=True)
@@ -213,20 +213,20 @@ class ShippedCodec:
             where too few can tell.
         """
         h, w = y.shape[-2:]
-        half0, half1 = halves(h, w, y.device)
         features = self.prior.features(z_hat, rate, h, w)
         y = y.permute(0, 2, 3, 1)
-        output = self.prior.first_pass(features, rate, half0)
-        symbols, changed0, wide0 = self._quantise(half0.gathered(y), output)
-        pass0 = _pairs(symbols, output.level)
-        known = half0.placed(output.mean.add_(symbols, alpha=_UNIT), h, w)
-        output = self.prior.second_pass(features, known, rate, half1)
-        symbols, changed1, wide1 = self._quantise(half1.gathered(y), output)
-        passes = zip(pass0, _pairs(symbols, output.level))
+        known = torch.zeros_like(y)
+        passes = []
+        changed, wide = torch.zeros(2, len(y), device=y.device)
+        for index, part in enumerate(parts(h, w, self.prior.passes, y.device)):
+            output = self.prior.speak(index, features, known, rate, part)
+            symbols, *told = self._quantise(part.gathered(y), output)
+            changed, wide = changed + told[0], wide + told[1]
+            passes.append(_pairs(symbols, output.level))
+            known += part.placed(output.mean.add_(symbols, alpha=_UNIT), h, w)
         zs = [_numpy(z.flatten()) for z in z_hat]
-        changed, wide = changed0 + changed1, wide0 + wide1
         rounding = (changed / wide).sqrt_().masked_fill_(wide < ENOUGH, math.nan)
-        return [LatentSymbols(*each) for each in zip(rate.tolist(), zs, passes)], rounding.tolist()
+        return [LatentSymbols(*each) for each in zip(rate.tolist(), zs, zip(*passes))], rounding.tolist()
 
     def _quantise(self, y: Tensor, output: PriorOutput) -> tuple[Tensor, Tensor, Tensor]:
         """y: (B, n). Returns the symbols, and of the wide latents the sum of squared changes and how many they are."""
@@ -284,67 +284,32 @@ class ShippedCodec:
                 starts[index] += len(taken)
             return symbols
 
-        def latents_of(run: Callable[[], PriorOutput], half: Half) -> Tensor:
-            """The latents of one pass in sixteenths, zero elsewhere. The rest, much for a large photo, is dropped."""
-
-            def told() -> tuple[Tensor, list[Symbols]]:
-                output = run()
-                return output.mean, [_numpy(level) for level in output.level]
-
-            def placed() -> Tensor:
-                steps = torch.from_numpy(symbols).to(self.device, torch.float32)
-                return half.placed(steps.mul_(_UNIT).add_(mean), h, w)
-
-            mean, levels = on_device(told)
-            symbols = np.stack(decode(levels))
-            return on_device(placed)
-
-        def start() -> tuple[tuple[Half, Half], Tensor]:
+        def start() -> tuple[Tensor, Tensor, tuple[Part, ...]]:
             z_hat = torch.from_numpy(np.stack(z).reshape(-1, hyper, zh, zw)).to(self.device, torch.float32)
-            return halves(h, w, self.device), self.prior.features(z_hat, rate, h, w)
+            y_hat = torch.zeros(len(coded), h, w, n, device=self.device)
+            return self.prior.features(z_hat, rate, h, w), y_hat, parts(h, w, self.prior.passes, self.device)
 
-        (half0, half1), features = on_device(start)
-        known = latents_of(lambda: self.prior.first_pass(features, rate, half0), half0)
-        rest = latents_of(lambda: self.prior.second_pass(features, known, rate, half1), half1)
+        def told(index: int, part: Part) -> tuple[Tensor, list[Symbols]]:
+            output = self.prior.speak(index, features, y_hat, rate, part)
+            return output.mean, [_numpy(level) for level in output.level]
+
+        def place(part: Part, mean: Tensor, symbols: Symbols) -> None:
+            steps = torch.from_numpy(symbols).to(self.device, torch.float32)
+            y_hat.add_(part.placed(steps.mul_(_UNIT).add_(mean), h, w))
+
+        features, y_hat, each = on_device(start)
+        for index, part in enumerate(each):
+            mean, levels = on_device(partial(told, index, part))
+            on_device(partial(place, part, mean, np.stack(decode(levels))))
         for count, listed in zip(starts, outliers):
             if len(listed.position) and listed.position[-1] >= count:
                 raise CorruptPayload(f"outliers: position {listed.position[-1]} of {count} coded latents")
-        return on_device(lambda: rest.add_(known).div_(_UNIT).permute(0, 3, 1, 2))
+        return on_device(lambda: y_hat.div_(_UNIT).permute(0, 3, 1, 2))
 
     @torch.inference_mode()
     def synthesise(self, y_hat: Tensor, rate: Tensor) -> Tensor:
         """y_hat: (B, N, h, w). Returns x_hat (B, 3, 16 h, 16 w) float32 in [0, 1]."""
         return self.g_s(y_hat.contiguous(memory_format=torch.channels_last), rate).float().clamp_(0, 1)
-
-    # --- exactness --------------------------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def known_answer(self) -> str:
-        """SHA-256 of what the prior says of a fixed pseudo-random input at every rate point; the same everywhere."""
-        h, w = 10, 7  # z is 3x2: both crops of the upsampled features are exercised
-        rate = torch.arange(RATE_POINTS, device=self.device)
-        z_hat = self._pattern(self.config.hyper, 3, 2, 23, 1) - 11
-        y_hat = (self._pattern(self.config.latents, h, w, 4001, 2) - 2000).permute(0, 2, 3, 1)
-        features = self.prior.features(z_hat, rate, h, w)
-        half0, half1 = both = halves(h, w, self.device)
-        y_hat = half0.placed(half0.gathered(y_hat), h, w)
-        passes = (
-            [self.prior.first_pass(features, rate, half) for half in both],
-            [self.prior.second_pass(features, y_hat, rate, half) for half in both],
-        )
-        digest = hashlib.sha256()
-        for output0, output1 in passes:
-            for part0, part1 in ((output0.mean, output1.mean), (output0.level, output1.level)):
-                whole = (half0.placed(part0, h, w) + half1.placed(part1, h, w)).permute(0, 3, 1, 2)
-                digest.update(whole.to(torch.int32).cpu().numpy().astype("<i4").tobytes())
-        return digest.hexdigest()
-
-    def _pattern(self, channels: int, h: int, w: int, modulus: int, salt: int) -> Tensor:
-        """(8, channels, h, w) integers in [0, modulus), by integer arithmetic only."""
-        index = np.arange(RATE_POINTS * channels * h * w, dtype=np.uint64) + np.uint64(salt * 1_000_003)
-        mixed = (index * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
-        values = (mixed % np.uint64(modulus)).astype(np.float32)
-        return torch.from_numpy(values).reshape(RATE_POINTS, channels, h, w).to(self.device)
 
     # --- tensors ----------------------------------------------------------------------------------------------------
 
@@ -381,7 +346,7 @@ class ShippedCodec:
                 CdfTables(*(tensors[f"tables.{name}.{key}"].numpy() for key in ("cdf", "size", "offset")))
                 for name in "yz"
             )
-            prior = IntegerPrior(layers, mean, context)
+            prior = IntegerPrior(config.passes, layers, mean, context)
             report = None
             if weights := _below(tensors, "report"):
                 report = ReportHead(config)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
 
-from service.codec.prior import halves
+from service.codec.prior import parts
 from service.codec.shipped import pad_to_stride
 from service.engine import EncodeJob, Engine
 from service.settings import Settings
@@ -52,10 +53,9 @@ def main() -> None:
             z_hat = stage("h_a", lambda: codec.h_a(y / (g_a.gain(rate) * codec.deviation[:, None, None])).round())
             h, w = y.shape[-2:]
             features = stage("prior: features", lambda: prior.features(z_hat, rate, h, w))
-            zero, one = halves(h, w, y.device)
-            stage("prior: pass 0", lambda: prior.first_pass(features, rate, zero))
-            known = zero.placed(zero.gathered(y.round().permute(0, 2, 3, 1)), h, w)
-            stage("prior: pass 1", lambda: prior.second_pass(features, known, rate, one))
+            known = y.round().permute(0, 2, 3, 1).contiguous()
+            for index, part in enumerate(parts(h, w, prior.passes, y.device)):
+                stage(f"prior: pass {index}", partial(prior.speak, index, features, known, rate, part))
             symbols = stage("prior and symbols, encoder", lambda: codec.symbols_of(y, z_hat, rate))
             coded = stage("rANS encoder", lambda: codec.write(symbols[0]))
             y_hat = stage("prior and rANS decoder", lambda: codec.read([coded], rate, h, w))

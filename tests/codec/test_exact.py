@@ -17,7 +17,7 @@ from service.codec.exact import (
     pointwise,
     straight_clamp,
 )
-from service.codec.prior import PriorNet, carrier, halves
+from service.codec.prior import PriorNet, carrier, parts
 from tests.codec.test_model import TINY
 
 
@@ -78,12 +78,31 @@ def test_the_halves_are_a_checkerboard_in_coding_order(h: int, w: int, seed: int
     y = inputs(2, 6, h, w, seed)
     c, i, j = (torch.arange(n) for n in (6, h, w))
     black = (c[:, None, None] + i[:, None] + j) % 2 == 0
-    whole = torch.zeros_like(y)
-    for half, mask in zip(halves(h, w, torch.device("cpu")), (black, ~black)):
-        values = half.gathered(y)
-        assert torch.equal(values, y.permute(0, 3, 1, 2)[:, mask])
-        whole += half.placed(values, h, w)
+    for part, mask in zip(parts(h, w, 2, torch.device("cpu")), (black, ~black), strict=True):
+        assert torch.equal(part.gathered(y), y.permute(0, 3, 1, 2)[:, mask])
+
+
+@given(h=st.integers(1, 5), w=st.integers(1, 5), seed=st.integers(0, 100), passes=st.sampled_from([2, 4]))
+@settings(max_examples=40, deadline=None)
+def test_every_latent_has_its_pass(h: int, w: int, seed: int, passes: int) -> None:
+    y = inputs(2, 8, h, w, seed)
+    whole, spoken = torch.zeros_like(y), torch.zeros_like(y)
+    for part in parts(h, w, passes, torch.device("cpu")):
+        values = part.gathered(y)
+        assert values.shape == (2, y[0].numel() // passes)
+        whole += part.placed(values, h, w)
+        spoken += part.placed(torch.ones_like(values), h, w)
     assert torch.equal(whole, y)
+    assert torch.equal(spoken, torch.ones_like(y))
+
+
+def test_two_of_four_passes_make_a_checkerboard() -> None:
+    first, second, *_ = parts(6, 4, 4, torch.device("cpu"))
+    spoken = sum(part.placed(torch.ones(1, 6 * 4 * 2), 6, 4) for part in (first, second))
+    i, j = torch.arange(6)[:, None], torch.arange(4)
+    for channel in range(8):
+        flipped = channel % 4 in (1, 2)
+        assert torch.equal(spoken[0, :, :, channel], ((i + j) % 2 == int(flipped)).float())
 
 
 def test_a_trainable_layer_is_exact_in_float32_by_construction() -> None:
@@ -133,8 +152,8 @@ def test_a_wide_layer_gets_a_wider_carrier_and_the_same_result() -> None:
     mixed, double = integers.on(cpu), integers.on(cpu, torch.float64)
     assert {layer.weight.dtype for layer in mixed.outputs["first_mean"]} == {torch.float64}
     features, rate = inputs(2, TINY.features, 5, 3, 1).abs(), torch.tensor([1, 6])
-    for half in halves(5, 3, cpu):
-        narrow, exact = mixed.first_pass(features, rate, half), double.first_pass(features, rate, half)
+    for part in parts(5, 3, 2, cpu):
+        narrow, exact = (prior.speak(0, features, features, rate, part) for prior in (mixed, double))
         assert torch.equal(narrow.mean, exact.mean)
         assert torch.equal(narrow.level, exact.level)
     integers.layers["first_mean"] = IntegerLayer(mean.weight, mean.bias + 2.0**53, mean.shift, mean.low, mean.high)

@@ -20,13 +20,17 @@ from service.engine import Photo
 TINY = CodecConfig("tiny", stem=8, stages=(Stage(32, 1), Stage(48, 1)), group=16, hyper=8, features=16, context=16)
 
 
+FOUR_PASSES = replace(TINY, passes=4)
+
+
 def test_a_fresh_block_is_the_identity() -> None:
     x = torch.randn(2, 32, 5, 7)
     assert torch.equal(HATB(32, 2, 2.0)(x), x)
 
 
-def test_gradients_reach_every_parameter() -> None:
-    model = TrainableCodec(TINY)
+@pytest.mark.parametrize("config", [TINY, FOUR_PASSES], ids=["two", "four"])
+def test_gradients_reach_every_parameter(config: CodecConfig) -> None:
+    model = TrainableCodec(config)
     for block in model.modules():
         if isinstance(block, torch.nn.Conv2d):
             torch.nn.init.normal_(block.weight, std=0.1)
@@ -62,11 +66,16 @@ def test_a_shape_that_cannot_work_is_named() -> None:
         CodecConfig("wrong", stem=8, stages=(Stage(32, 1),))
     with pytest.raises(ValueError, match="equal groups"):
         CodecConfig("wrong", stem=8, stages=(Stage(65, 1), Stage(64, 1)))
+    with pytest.raises(ValueError, match="2 or 4 passes"):
+        replace(TINY, passes=3)
+    with pytest.raises(ValueError, match="divide the 62 latents"):
+        CodecConfig("wrong", stem=8, stages=(Stage(32, 1), Stage(62, 1)), heads=2, passes=4)
 
 
-def test_certain_latents_are_not_coded_and_equal_their_mean(parrots: Photo) -> None:
+@pytest.mark.parametrize("passes", [2, 4])
+def test_certain_latents_are_not_coded_and_equal_their_mean(parrots: Photo, passes: int) -> None:
     torch.manual_seed(4)
-    model = TrainableCodec(replace(TINY, skipped=6)).eval()
+    model = TrainableCodec(replace(TINY, skipped=6, passes=passes)).eval()
     with torch.no_grad():  # levels on both sides of the limit
         for step in ("first", "second"):
             model.prior.layer(f"{step}_level").bias_low.copy_(torch.linspace(0, 2, TINY.latents))
@@ -76,6 +85,7 @@ def test_certain_latents_are_not_coded_and_equal_their_mean(parrots: Photo) -> N
     x, rate = torch.from_numpy(parrots[:96, :80].copy()).permute(2, 0, 1)[None].float() / 255, torch.tensor([6])
     y, z_hat, _ = codec.analyse(x, rate)
     (latents,) = codec.symbols_of(8 * y, z_hat, rate)
+    assert len(latents.passes) == passes
     certain = [symbols[levels <= 6] for symbols, levels in latents.passes]
     assert all(len(symbols) > 100 and not symbols.any() for symbols in certain)
     assert any(symbols[levels > 6].any() for symbols, levels in latents.passes)
@@ -84,7 +94,10 @@ def test_certain_latents_are_not_coded_and_equal_their_mean(parrots: Photo) -> N
     assert all(np.array_equal(a, b) for one, two in zip(latents.passes, again.passes) for a, b in zip(one, two))
     older = json.loads(description)
     del older["config"]["skipped"]
-    assert ShippedCodec.from_tensors(tensors, json.dumps(older), torch.device("cpu")).config.skipped == 0
+    if passes == 2:
+        del older["config"]["passes"]
+    first = ShippedCodec.from_tensors(tensors, json.dumps(older), torch.device("cpu"))
+    assert (first.config.skipped, first.config.passes) == (0, passes)
 
 
 def test_scale_levels_match_their_tables() -> None:

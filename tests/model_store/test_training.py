@@ -27,13 +27,13 @@ from model_store.training.report import targets, train_report
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import keep_weights, read_weights, stretched, weights_to_start_from
 from service.codec.bitstream import DegradationKind
-from service.codec.config import CONFIGS
+from service.codec.config import CONFIGS, CodecConfig
 from service.codec.model import TrainableCodec, ship
 from service.codec.report import KINDS
 from service.codec.shipped import ShippedCodec
 from service.engine import EncodeJob, Engine, Photo
 from service.store import ModelStore
-from tests.codec.test_model import TINY
+from tests.codec.test_model import FOUR_PASSES, TINY
 from tests.conftest import DATA
 
 CPU = torch.device("cpu")
@@ -71,13 +71,22 @@ def test_a_stem_with_more_outputs_than_inputs_starts_warm_too(photos: Path, parr
     assert float(-10 * (out.x_hat - x).square().mean().log10()) > 30
 
 
-def run(photos: Path, folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch, crash_at: int | None = None) -> Path:
+def run(
+    photos: Path,
+    folder: Path,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+    crash_at: int | None = None,
+    lr: float = 1e-3,
+    config: CodecConfig = TINY,
+    start_from: Path | None = None,
+) -> Path:
     """Train for a number of steps: every step is made to take a second of the schedule's time."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(ticks)))
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
-    monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    monkeypatch.setitem(CONFIGS, "tiny", config)
     if crash_at is not None:
         calls = iter(range(10**6))
         original = loop.balanced_distortion
@@ -88,11 +97,11 @@ def run(photos: Path, folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch,
             return original(mse, weight)
 
         monkeypatch.setattr(loop, "balanced_distortion", failing)
-    schedule = Schedule(minutes=steps / 60, lr=1e-3, prior_lr=1e-3, steady=0.5)
+    schedule = Schedule(minutes=steps / 60, lr=lr, prior_lr=1e-3, steady=0.5)
     try:
         return train(
             photos=photos, run=folder, size="tiny", schedule=schedule, batch=2, crop=64, seed=1, device="cpu",
-            compile_blocks=False,
+            compile_blocks=False, start_from=start_from,
         )  # fmt: skip
     finally:
         monkeypatch.undo()
@@ -191,11 +200,42 @@ def test_kept_weights_start_a_run_where_the_old_one_ended(
         assert torch.allclose(kept[name], value, rtol=2e-3, atol=1e-5), name
     TrainableCodec(TINY).load_state_dict(kept)
     assert (tmp_path / "tiny.safetensors").stat().st_size < checkpoint.stat().st_size / 4
-    started = weights_to_start_from(tmp_path / "tiny.safetensors")  # it knows the range of lambda
+    started = weights_to_start_from(tmp_path / "tiny.safetensors", TINY)  # it knows the range of lambda
     assert all(torch.equal(started[name], value) for name, value in kept.items())
     save_file(kept, tmp_path / "older.safetensors")  # which the first files did not say
-    older = weights_to_start_from(tmp_path / "older.safetensors")
+    older = weights_to_start_from(tmp_path / "older.safetensors", TINY)
     assert not torch.equal(older["g_a.gain.log_low"], kept["g_a.gain.log_low"])
+
+
+def test_with_no_learning_rate_the_transforms_stay_and_the_prior_may_grow(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(photos, tmp_path / "two", 4, monkeypatch)
+    second = run(photos, tmp_path / "four", 4, monkeypatch, lr=0, config=FOUR_PASSES, start_from=first)
+    was, now = read_weights(first), read_weights(second)
+    for name, value in now.items():
+        if name in was and name.startswith(("g_a.", "g_s.", "prior.deviation")):
+            assert torch.equal(value, was[name]), name
+        elif name.endswith("weight"):
+            assert not torch.equal(value, was[name.replace("third", "second").replace("fourth", "second")]), name
+    assert {"prior.layers.third_merge.weight", "prior.layers.fourth_hidden.bias_low"} <= now.keys()
+    assert not {name for name in now if name.startswith("prior.layers.third_mean")}
+    line = json.loads((tmp_path / "four" / "log.jsonl").read_text().splitlines()[-1])
+    assert "bpp" in line
+    assert "psnr" not in line
+
+
+def test_a_grown_prior_starts_with_its_second_pass(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = run(photos, tmp_path / "run", 2, monkeypatch)
+    started = weights_to_start_from(checkpoint, FOUR_PASSES)
+    TrainableCodec(FOUR_PASSES).load_state_dict(started)
+    for step in ("third", "fourth"):
+        for name, value in started.items():
+            if name.startswith(f"prior.layers.{step}_"):
+                assert torch.equal(value, started[name.replace(step, "second")])
+    assert weights_to_start_from(checkpoint, TINY).keys() == read_weights(checkpoint).keys()
 
 
 def test_a_run_with_other_lambdas_is_not_resumed(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +331,7 @@ def test_a_budget_is_not_spent_on_noise() -> None:
 
 def test_an_average_is_exported_like_a_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = (run(photos, tmp_path / name, steps, monkeypatch) for name, steps in (("one", 2), ("other", 4)))
+    monkeypatch.setitem(CONFIGS, "tiny", TINY)
     with pytest.raises(ValueError, match="sum to 1"):
         average(other, [(0.5, one), (0.6, other)], tmp_path / "mean/checkpoint.pt")
     mean = average(other, [(0.25, one), (0.75, other)], tmp_path / "mean/checkpoint.pt")
@@ -298,7 +339,6 @@ def test_an_average_is_exported_like_a_run(photos: Path, tmp_path: Path, monkeyp
         if value.is_floating_point():
             wanted = 0.25 * read_weights(one)[name] + 0.75 * read_weights(other)[name]
             assert torch.allclose(value, wanted, atol=1e-6), name
-    monkeypatch.setitem(CONFIGS, "tiny", TINY)
     (tmp_path / "store").mkdir()
     entry = export(mean, "tiny-1", tmp_path / "store")
     assert "0.25 one/checkpoint.pt" in str(entry["training"])
