@@ -21,13 +21,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120, help="training time in all, over every resumption")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=160, help="side of the crops in pixels, a multiple of 16")
-    parser.add_argument("--lr", type=float, default=3e-4, help="of the transforms; 0: only the entropy model learns")
+    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of the transforms")
     parser.add_argument("--prior-lr", type=float, default=1e-3, help="learning rate of the entropy model")
     parser.add_argument("--steady", type=float, default=0.5, help="share of the time before the learning rate decays")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--start-from", type=Path, help="weights to start with: a checkpoint.pt, or a file of states/")
+    parser.add_argument("--only", default="", metavar="REGEX", help="names of the parameters that learn; others stay")
     args = parser.parse_args()
     train(
         photos=args.photos,
@@ -40,6 +41,7 @@ def main() -> None:
         device=args.device,
         compile_blocks=not args.no_compile,
         start_from=args.start_from,
+        only=args.only,
     )
 
 

@@ -67,7 +67,10 @@ def trained_lambdas(record: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def grown(weights: dict[str, Tensor], passes: int) -> dict[str, Tensor]:
-    """With the layers of the passes that the prior lacks: as a start, those of its second one."""
+    """With the layers of the passes that the prior lacks: those of its second one.
+
+    The third of four passes then says what the second of two did; the others have yet to learn.
+    """
     second, out = f"prior.layers.{ORDINALS[1]}_", dict(weights)
     for step in ORDINALS[2:passes]:
         for name, value in weights.items():

@@ -83,8 +83,8 @@ def _in_order(groups: list[Tensor]) -> Tensor:
 
 
 _TURNS = {2: (0, 1), 4: (0, 3, 1, 2)}
-"""By the number of passes: which cells of a group take their turn in which pass; in another group all are flipped.
-Diagonal neighbours follow one another, so that two of four passes make a checkerboard."""
+"""By the number of passes: which cell of the first group takes its turn in each; those of the others are flipped.
+Diagonal neighbours follow one another: the first two of four passes speak of what the first of two speaks of."""
 
 
 def parts(h: int, w: int, passes: int, device: torch.device) -> tuple[Part, ...]:
@@ -92,7 +92,8 @@ def parts(h: int, w: int, passes: int, device: torch.device) -> tuple[Part, ...]
     i, j = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
     cell = ((i + j) % 2 if passes == 2 else 2 * (i % 2) + j % 2).flatten()
     where = [(cell == number).nonzero()[:, 0] for number in range(passes)]
-    return tuple(Part(tuple(where[turn ^ group] for group in range(passes))) for turn in _TURNS[passes])
+    flips = [group ^ group >> 1 for group in range(passes)]
+    return tuple(Part(tuple(where[turn ^ flip] for flip in flips)) for turn in _TURNS[passes])
 
 
 @dataclass(frozen=True)

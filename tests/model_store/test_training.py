@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -77,9 +77,8 @@ def run(
     steps: int,
     monkeypatch: pytest.MonkeyPatch,
     crash_at: int | None = None,
-    lr: float = 1e-3,
     config: CodecConfig = TINY,
-    start_from: Path | None = None,
+    **options: Any,
 ) -> Path:
     """Train for a number of steps: every step is made to take a second of the schedule's time."""
     ticks = iter(range(10**6))
@@ -97,11 +96,11 @@ def run(
             return original(mse, weight)
 
         monkeypatch.setattr(loop, "balanced_distortion", failing)
-    schedule = Schedule(minutes=steps / 60, lr=lr, prior_lr=1e-3, steady=0.5)
+    schedule = Schedule(minutes=steps / 60, lr=1e-3, prior_lr=1e-3, steady=0.5)
     try:
         return train(
             photos=photos, run=folder, size="tiny", schedule=schedule, batch=2, crop=64, seed=1, device="cpu",
-            compile_blocks=False, start_from=start_from,
+            compile_blocks=False, **options,
         )  # fmt: skip
     finally:
         monkeypatch.undo()
@@ -207,11 +206,11 @@ def test_kept_weights_start_a_run_where_the_old_one_ended(
     assert not torch.equal(older["g_a.gain.log_low"], kept["g_a.gain.log_low"])
 
 
-def test_with_no_learning_rate_the_transforms_stay_and_the_prior_may_grow(
+def test_the_entropy_model_learns_alone_and_may_grow(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(photos, tmp_path / "two", 4, monkeypatch)
-    second = run(photos, tmp_path / "four", 4, monkeypatch, lr=0, config=FOUR_PASSES, start_from=first)
+    second = run(photos, tmp_path / "four", 4, monkeypatch, config=FOUR_PASSES, start_from=first, only="prior|h_a|z_")
     was, now = read_weights(first), read_weights(second)
     for name, value in now.items():
         if name in was and name.startswith(("g_a.", "g_s.", "prior.deviation")):
@@ -220,6 +219,14 @@ def test_with_no_learning_rate_the_transforms_stay_and_the_prior_may_grow(
             assert not torch.equal(value, was[name.replace("third", "second").replace("fourth", "second")]), name
     assert {"prior.layers.third_merge.weight", "prior.layers.fourth_hidden.bias_low"} <= now.keys()
     assert not {name for name in now if name.startswith("prior.layers.third_mean")}
+    third = run(
+        photos, tmp_path / "one", 4, monkeypatch, config=FOUR_PASSES, start_from=first, only="prior.layers.fourth"
+    )
+    grown, learned = weights_to_start_from(first, FOUR_PASSES), read_weights(third)
+    changed = {name for name, value in learned.items() if not torch.equal(value, grown[name])}
+    assert {name.removeprefix("prior.layers.").split("_")[0] for name in changed} == {"fourth"}
+    with pytest.raises(ValueError, match="names of parameters, got nothing"):
+        run(photos, tmp_path / "none", 4, monkeypatch, only="nothing")
     line = json.loads((tmp_path / "four" / "log.jsonl").read_text().splitlines()[-1])
     assert "bpp" in line
     assert "psnr" not in line
