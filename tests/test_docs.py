@@ -26,6 +26,7 @@ ELSEWHERE = ("make ", "docker ", "kubectl ")
 SHORTER = (
     ("--minutes 120", "--minutes 0.1 --no-compile --crop 64"),
     ("--minutes 60 --crop 224", "--minutes 0.1 --no-compile --crop 64"),
+    ("--minutes 40", "--minutes 0.1 --no-compile --crop 64"),
     ("--minutes 10", "--minutes 0.1"),
 )
 """Training goes on for six seconds, on smaller crops, and is not compiled."""

@@ -1,8 +1,7 @@
 """`python -m model_store.training.average`: a weighted mean of the weights of several runs, as a checkpoint to export.
 
 Stages of training that start from one another lie in one basin, and their mean is often better than each (Wortsman et
-al., "Model soups", ICML 2022). All are moved to today's range of lambda and passes
-of the prior first.
+al., "Model soups", ICML 2022). All are moved to today's range of lambda and passes of the prior first.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ def draw(log: Path, output: Path, window: int = 20) -> None:
     from matplotlib import pyplot
 
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = pyplot.subplots(1, len(_PANELS), figsize=(4 * len(_PANELS), 3.2))
-    for axis, (name, title) in zip(axes, _PANELS):
+    panels = [(name, title) for name, title in _PANELS if any(name in line for line in lines)]
+    figure, (axes,) = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False)
+    for axis, (name, title) in zip(axes, panels):
         points = [(line["step"], line[name]) for line in lines if name in line]
         steps, values = np.array(points).T
         axis.plot(steps, values, color="#c9d6de", lw=0.8)

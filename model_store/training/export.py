@@ -20,8 +20,7 @@ from torch import Tensor
 
 from model_store.training.frequencies import COUNTED_BATCHES, with_counted_tables
 from model_store.training.report import REPORT_FILE, read_report
-from model_store.training.weights import keep_weights
-from service.codec.config import CONFIGS
+from model_store.training.weights import config_of, keep_weights
 from service.codec.known_answer import known_answer
 from service.codec.model import TrainableCodec, ship
 from service.codec.shipped import ShippedCodec
@@ -43,7 +42,7 @@ def export(
     """
     refuse_known(store, name)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    model = TrainableCodec(CONFIGS[state["size"]])
+    model = TrainableCodec(config_of(state["size"], state["ema"]))
     model.load_state_dict(state["ema"])
     report = checkpoint.with_name(REPORT_FILE)
     tensors, description = ship(model, read_report(report, model.config) if report.exists() else None)

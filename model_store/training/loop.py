@@ -172,7 +172,7 @@ def train(
     Args:
         start_from: weights to start from; else the start is warm, or with `warm` off random.
         only: what the names of the parameters that learn begin with, a regular expression. Where it leaves the
-            transforms as they are, the entropy model learns alone, in a fraction of the time, and the pictures stay.
+            transforms as they are, the entropy model learns alone, in a fraction of the time.
         prepare: is shown the model before its first step.
 
     Raises:
@@ -189,6 +189,10 @@ def train(
     pool = PhotoPool(photos, crop, where)
     model = TrainableCodec(CONFIGS[size]).to(where)
     model.to(memory_format=torch.channels_last)
+    names = [name for name, _ in model.named_parameters()]
+    resting = [name for name in names if not re.match(only, name)]
+    if len(resting) == len(names):
+        raise ValueError(f"expected a pattern of names of parameters, got {only}")
     if not path.exists():
         if start_from:
             model.load_state_dict(weights_to_start_from(start_from, model.config))
@@ -196,10 +200,8 @@ def train(
             warm_start(model, pool)
     if prepare:
         prepare(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(re.match(only, name) is not None)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"expected a pattern of names of parameters, got {only}")
+    for name in resting:
+        model.get_parameter(name).requires_grad_(False)
     pictures = any(parameter.requires_grad for part in (model.g_a, model.g_s) for parameter in part.parameters())
     optimizer = torch.optim.AdamW(_groups(model, schedule), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     batches, ema = Batches(pool, batch, crop, where, seed), Ema(model)
@@ -208,6 +210,9 @@ def train(
         state = torch.load(path, map_location=where, weights_only=True)
         if trained_lambdas(state["record"]) != LAMBDA_RANGE:
             raise ValueError(f"expected a run with lambda from {LAMBDA_RANGE[0]:g} to {LAMBDA_RANGE[1]:g} in {run}; "
+                             "start another one from its weights (--start-from)")  # fmt: skip
+        if state["model"].keys() != model.state_dict().keys() or state["record"].get("only", "") != only:
+            raise ValueError(f"expected a run of today's {size} that trains the same parameters in {run}; "
                              "start another one from its weights (--start-from)")  # fmt: skip
         model.load_state_dict(state["model"])
         ema.mean = state["ema"]
@@ -231,7 +236,7 @@ def train(
             "step": step, "seconds": seconds,
             "record": {"batch": batch, "crop": crop, "seed": seed, "photos": len(pool.photos),
                        "device": str(where), "lambda_low": LAMBDA_RANGE[0], "lambda_high": LAMBDA_RANGE[1],
-                       **asdict(schedule)},
+                       "only": only, **asdict(schedule)},
         }  # fmt: skip
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)

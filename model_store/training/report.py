@@ -20,9 +20,9 @@ from tqdm import tqdm
 from model_store.degradations import Kind
 from model_store.training.loop import Batch, Batches
 from model_store.training.photos import PhotoPool
-from model_store.training.weights import read_weights
+from model_store.training.weights import config_of, read_weights
 from service.codec.bitstream import DegradationKind
-from service.codec.config import CONFIGS, CodecConfig
+from service.codec.config import CodecConfig
 from service.codec.device import pick_device, transform_precision
 from service.codec.fast import speed_up
 from service.codec.model import TrainableCodec
@@ -80,8 +80,9 @@ def train_report(
     """Train a head for the EMA weights of a checkpoint, or go on with the one beside it. Returns the head's path."""
     device = pick_device("auto")
     size = torch.load(checkpoint, map_location="cpu", weights_only=True)["size"]
-    model = TrainableCodec(CONFIGS[size])
-    model.load_state_dict(read_weights(checkpoint))
+    weights = read_weights(checkpoint)
+    model = TrainableCodec(config_of(size, weights))
+    model.load_state_dict(weights)
     g_a = model.g_a.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     speed_up(g_a, getattr(torch, transform_precision(device)))
     batches: Iterator[Batch] = iter(Batches(PhotoPool(photos, crop, device), batch, crop, device, seed, REPORT_SHARES))

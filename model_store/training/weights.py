@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model_store.training.loss import LAMBDA_RANGE
-from service.codec.config import CodecConfig
+from service.codec.config import CONFIGS, CodecConfig
 from service.codec.prior import ORDINALS, OUTPUTS
 
 FIRST_LAMBDA_RANGE = (80.0, 5000.0)
@@ -64,6 +65,12 @@ def trained_lambdas(record: Mapping[str, Any]) -> tuple[float, float]:
     """The range of lambda that a run's record, or a file's metadata, tells."""
     low, high = FIRST_LAMBDA_RANGE
     return float(record.get(_LOW, low)), float(record.get(_HIGH, high))
+
+
+def config_of(size: str, weights: Mapping[str, Tensor]) -> CodecConfig:
+    """Of weights that may be older than today's passes."""
+    config = CONFIGS[size]
+    return config if weights.keys() >= grown(dict(weights), config.passes).keys() else replace(config, passes=2)
 
 
 def grown(weights: dict[str, Tensor], passes: int) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@
     23+2n   4      o, bytes of outliers
     27+2n   4      p, bytes of the entropy-coded payload
     31+2n   o      outliers, see `rans.Outliers`
-    ...     p      payload: one rANS stream of z, y of pass 0, y of pass 1, each in (channel, row, column) order,
-                   without the latents whose scale level is at most the model's `CodecConfig.skipped`
+    ...     p      payload: one rANS stream of z, then y pass by pass (`prior.parts`), each in (channel, row, column)
+                   order, without the latents whose scale level is at most the model's `CodecConfig.skipped`
     ...     4      CRC-32C (RFC 3720, Castagnoli) of everything before it
 
 A reader looks at magic, version, length and checksum before anything else, and never allocates by a number it read

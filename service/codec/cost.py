@@ -61,7 +61,7 @@ def cost(config: CodecConfig) -> Cost:
     x = torch.zeros(1, 3, _SIDE, _SIDE)
     y = torch.zeros(1, config.latents, _SIDE // 16, _SIDE // 16)
     positions = {"enter": 64**2, "local1": 64**2, "up1": 64**2, "local2": 32**2, "up2": 32**2}
-    positions |= dict.fromkeys(OUTPUTS, 2 * 16**2)  # each pass speaks of half of the latents
+    positions |= dict.fromkeys(OUTPUTS, 2 * 16**2)  # first and later ones together speak of every latent, once
     prior = sum(
         model.prior.layer(name).weight.numel() * pixels // positions.get(name, 16**2) for name in model.prior.layers
     )

@@ -11,7 +11,7 @@ last three quarters have more and more around them. No latent waits for another 
 
 `PriorNet` holds the float parameters that are trained, `IntegerPrior` the integers that ship, `ExactPrior` is the
 arithmetic. Training runs the very same arithmetic on integers derived from the parameters. All of it runs on
-(B, h, w, channels), and each pass speaks of its half of the latents only.
+(B, h, w, channels), and each pass speaks of its part of the latents only.
 """
 
 from __future__ import annotations
@@ -52,12 +52,11 @@ _CONTEXT_MANTISSA = 255
 
 @dataclass(frozen=True)
 class Part:
-    """The latents of one of P passes: (B, n) in coding order, n = h w N / P.
+    """The latents of one of P passes, h w N / P of each photo. In coding order they go by channel, row, column.
 
     Attributes:
-        at: for each of P groups of channels, every P-th from its own first one on, where its latents belong to this
-            part: indexes into the h*w positions. In coding order the groups' first channels come first, group by group
-            with their positions, then their second ones.
+        at: for each of P groups of channels, every P-th from its own first one on: indexes into the h*w positions,
+            where these channels belong to this part.
     """
 
     at: tuple[Tensor, ...]
@@ -92,6 +91,7 @@ def parts(h: int, w: int, passes: int, device: torch.device) -> tuple[Part, ...]
     i, j = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
     cell = ((i + j) % 2 if passes == 2 else 2 * (i % 2) + j % 2).flatten()
     where = [(cell == number).nonzero()[:, 0] for number in range(passes)]
+    # A Gray code, whose last bit changes from group to group as the checkerboard's colour does.
     flips = [group ^ group >> 1 for group in range(passes)]
     return tuple(Part(tuple(where[turn ^ flip] for flip in flips)) for turn in _TURNS[passes])
 
@@ -162,14 +162,11 @@ class IntegerPrior:
                 trained are exact in float32 by construction.
 
         Raises:
-            ValueError: a layer could leave float64's exact range, or a rescale float32's.
+            ValueError: layers are missing or too many, a layer could leave float64's exact range or its outputs'
+                bounds, or a rescale float32's range.
         """
         if dtype is None:
-            means = [self.layers[name] for name in OUTPUTS if name.endswith("mean")]
-            normal = max(max(abs(layer.low), abs(layer.high)) for layer in means)
-            for rescale, reach in ((self.mean_rescale, normal), (self.context_rescale, MEAN_LIMIT)):
-                if (product := reach * float(rescale.factor.double().abs().max())) >= FLOAT32_EXACT:
-                    raise ValueError(f"products up to {product:.3g} leave the exact range of float32 (2^24)")
+            self._check()
         layers = {name: layer.scaled(device, dtype or carrier(name, layer)) for name, layer in self.layers.items()}
         groups = range(self.passes)
         outputs = {name: tuple(layers[name].outputs(g, self.passes) for g in groups) for name in OUTPUTS}
@@ -177,6 +174,23 @@ class IntegerPrior:
         mean = self.mean_rescale.scaled(device)
         rescales = tuple(mean.outputs(g, self.passes) for g in groups)
         return ExactPrior(self.passes, inner, outputs, rescales, self.context_rescale.scaled(device))
+
+    def _check(self) -> None:
+        if self.layers.keys() != (wanted := layer_names(self.passes)):
+            raise ValueError(f"{self.passes} passes do not go with layers {sorted(self.layers.keys() ^ wanted)}")
+        for name, layer in self.layers.items():
+            low, high = -LIMIT, LIMIT
+            if name in OUTPUTS:
+                low, high = (0, SCALE_LEVELS - 1) if name.endswith("level") else (-MEAN_LIMIT, MEAN_LIMIT)
+            if not low <= layer.low <= layer.high <= high:
+                raise ValueError(f"layer {name}: expected outputs within {low} and {high}")
+        if not (0 <= self.context_rescale.limit <= LIMIT and 0 <= self.mean_rescale.limit <= MEAN_LIMIT):
+            raise ValueError(f"expected limits of the rescales up to {MEAN_LIMIT} (mean) and {LIMIT} (context)")
+        means = [self.layers[name] for name in OUTPUTS if name.endswith("mean")]
+        normal = max(max(abs(layer.low), abs(layer.high)) for layer in means)
+        for rescale, reach in ((self.mean_rescale, normal), (self.context_rescale, MEAN_LIMIT)):
+            if (product := reach * float(rescale.factor.double().abs().max())) >= FLOAT32_EXACT:
+                raise ValueError(f"products up to {product:.3g} leave the exact range of float32 (2^24)")
 
 
 @dataclass(frozen=True)
@@ -197,7 +211,7 @@ class ExactPrior:
 
     def tensors(self) -> list[Tensor]:
         """All that it holds on its device."""
-        layers = [*self.layers.values(), *(layer for both in self.outputs.values() for layer in both)]
+        layers = [*self.layers.values(), *(layer for groups in self.outputs.values() for layer in groups)]
         rescales = [*self.mean_rescale, self.context_rescale]
         return [part for layer in layers for part in (layer.weight, layer.bias)] + [one.factor for one in rescales]
 
@@ -258,6 +272,12 @@ OUTPUTS = ("first_mean", "first_level", "second_mean", "second_level")
 """The last layers; those of the second pass serve all later ones."""
 _SUMS = {"up1", "up2", *(f"{step}_hidden" for step in ORDINALS[1:])}
 """Layers whose input is a sum of two activations and so reaches twice the limit."""
+
+
+def layer_names(passes: int) -> set[str]:
+    """Of all layers of a prior."""
+    later = {f"{step}_{part}" for step in ORDINALS[1:passes] for part in ("near", "wide", "merge", "local", "hidden")}
+    return {"enter", "local1", "up1", "local2", "up2", "first_local", "first_hidden", *later, *OUTPUTS}
 
 
 def input_limit(name: str) -> int:

@@ -215,7 +215,7 @@ class ShippedCodec:
         h, w = y.shape[-2:]
         features = self.prior.features(z_hat, rate, h, w)
         y = y.permute(0, 2, 3, 1)
-        known = torch.zeros_like(y)
+        known = torch.zeros(y.shape, device=y.device)
         passes = []
         changed, wide = torch.zeros(2, len(y), device=y.device)
         for index, part in enumerate(parts(h, w, self.prior.passes, y.device)):
@@ -301,6 +301,7 @@ class ShippedCodec:
         for index, part in enumerate(each):
             mean, levels = on_device(partial(told, index, part))
             on_device(partial(place, part, mean, np.stack(decode(levels))))
+            del mean, levels  # much for a large photo
         for count, listed in zip(starts, outliers):
             if len(listed.position) and listed.position[-1] >= count:
                 raise CorruptPayload(f"outliers: position {listed.position[-1]} of {count} coded latents")
@@ -326,8 +327,8 @@ class ShippedCodec:
             stated = json.loads(description)
             config = stated["config"]
             config = CodecConfig(**{**config, "stages": tuple(Stage(**stage) for stage in config["stages"])})
-            parts = Analysis(config), Synthesis(config), HyperAnalysis(config)
-            for name, part in zip(("g_a", "g_s", "h_a"), parts):
+            transforms = Analysis(config), Synthesis(config), HyperAnalysis(config)
+            for name, part in zip(("g_a", "g_s", "h_a"), transforms):
                 part.load_state_dict({key: value.float() for key, value in _below(tensors, name).items()})
             layers = {
                 name: IntegerLayer(
@@ -351,8 +352,8 @@ class ShippedCodec:
             if weights := _below(tensors, "report"):
                 report = ReportHead(config)
                 report.load_state_dict(weights)
-            return cls(config, parts, prior, tensors["deviation"], y_tables, z_tables, device, dtype, report)
-        except (KeyError, TypeError, RuntimeError) as error:
+            return cls(config, transforms, prior, tensors["deviation"], y_tables, z_tables, device, dtype, report)
+        except (KeyError, IndexError, TypeError, RuntimeError) as error:
             raise ValueError(f"expected the tensors of a shipped codec: {error}") from error
 
 

@@ -18,7 +18,7 @@ from service.codec.exact import (
     straight_clamp,
 )
 from service.codec.prior import PriorNet, carrier, parts
-from tests.codec.test_model import TINY
+from tests.codec.test_model import FOUR_PASSES, TINY
 
 
 def layer_of(out: int, fan_in: int, seed: int, low: int = -LIMIT) -> IntegerLayer:
@@ -82,6 +82,18 @@ def test_the_halves_are_a_checkerboard_in_coding_order(h: int, w: int, seed: int
         assert torch.equal(part.gathered(y), y.permute(0, 3, 1, 2)[:, mask])
 
 
+@given(h=st.integers(1, 5), w=st.integers(1, 5), seed=st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_the_quarters_take_turns_in_every_square_in_coding_order(h: int, w: int, seed: int) -> None:
+    y = inputs(2, 8, h, w, seed)
+    c, i, j = (torch.arange(n) for n in (8, h, w))
+    cell = 2 * (i[:, None] % 2) + j % 2
+    turns = torch.tensor([[0, 3, 1, 2], [1, 2, 0, 3], [3, 0, 2, 1], [2, 1, 3, 0]])  # by group of channels and pass
+    for index, part in enumerate(parts(h, w, 4, torch.device("cpu"))):
+        mask = cell == turns[c % 4, index][:, None, None]
+        assert torch.equal(part.gathered(y), y.permute(0, 3, 1, 2)[:, mask])
+
+
 @given(h=st.integers(1, 5), w=st.integers(1, 5), seed=st.integers(0, 100), passes=st.sampled_from([2, 4]))
 @settings(max_examples=40, deadline=None)
 def test_every_latent_has_its_pass(h: int, w: int, seed: int, passes: int) -> None:
@@ -140,19 +152,23 @@ def test_a_clamped_value_still_learns_its_way_back(value: float, gradient: float
 
 def test_a_wide_layer_gets_a_wider_carrier_and_the_same_result() -> None:
     torch.manual_seed(2)
-    net, cpu = PriorNet(TINY), torch.device("cpu")
+    net, cpu = PriorNet(FOUR_PASSES), torch.device("cpu")
     with torch.no_grad():
         integers = net.integers(torch.ones(8, TINY.latents))
     assert {layer.weight.dtype for layer in integers.on(cpu).layers.values()} == {torch.float32}
     mean = integers.layers["first_mean"]
     wide = IntegerLayer(mean.weight, mean.bias + FLOAT32_EXACT, mean.shift, mean.low, mean.high)
     integers.layers["first_mean"] = wide
+    merge = integers.layers["fourth_merge"]
+    integers.layers["fourth_merge"] = replace(merge, bias=merge.bias + FLOAT32_EXACT)
     assert carrier("first_mean", wide) == torch.float64
     mixed, double = integers.on(cpu), integers.on(cpu, torch.float64)
     assert {layer.weight.dtype for layer in mixed.outputs["first_mean"]} == {torch.float64}
+    assert mixed.layers["fourth_merge"].weight.dtype == torch.float64
     features, rate = inputs(2, TINY.features, 5, 3, 1).abs(), torch.tensor([1, 6])
-    for part in parts(5, 3, 2, cpu):
-        narrow, exact = (prior.speak(0, features, features, rate, part) for prior in (mixed, double))
+    y_hat = 16 * inputs(2, TINY.latents, 5, 3, 4, 30)
+    for index, part in enumerate(parts(5, 3, 4, cpu)):
+        narrow, exact = (prior.speak(index, features, y_hat, rate, part) for prior in (mixed, double))
         assert torch.equal(narrow.mean, exact.mean)
         assert torch.equal(narrow.level, exact.level)
     integers.layers["first_mean"] = IntegerLayer(mean.weight, mean.bias + 2.0**53, mean.shift, mean.low, mean.high)
@@ -168,3 +184,18 @@ def test_a_rescale_beyond_float32_is_refused() -> None:
     too_large = replace(rescale, factor=rescale.factor.clone().index_fill_(1, torch.tensor([3]), 512))
     with pytest.raises(ValueError, match="exact range of float32"):
         replace(integers, context_rescale=too_large).on(torch.device("cpu"))
+
+
+def test_layers_that_do_not_fit_are_refused() -> None:
+    with torch.no_grad():
+        integers = PriorNet(TINY).integers(torch.ones(8, TINY.latents))
+    level = integers.layers["second_level"]
+    for wrong, said in (
+        (replace(integers, passes=4), "third_merge"),
+        (replace(integers, layers={**integers.layers, "fifth_near": level}), "fifth_near"),
+        (replace(integers, layers={**integers.layers, "second_level": replace(level, high=64)}), "second_level"),
+        (replace(integers, layers={**integers.layers, "up1": replace(level, low=-1024)}), "up1"),
+        (replace(integers, context_rescale=replace(integers.context_rescale, limit=LIMIT + 1)), "limits"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            wrong.on(torch.device("cpu"))

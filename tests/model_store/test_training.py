@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from model_store.degradations import Kind
 from model_store.evaluation.report import Curve
 from model_store.training import held_out, loop
+from model_store.training.ablations import _silence
 from model_store.training.average import average
+from model_store.training.curves import draw
 from model_store.training.export import export
 from model_store.training.frequencies import with_counted_tables
 from model_store.training.loop import Batches, Schedule, train
@@ -123,11 +125,12 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(
     assert {"step", "seconds", "lr", "loss", "bpp", "psnr"} <= lines[0].keys()
 
 
+@pytest.mark.parametrize("config", [TINY, FOUR_PASSES], ids=["two", "four"])
 def test_an_exported_run_is_a_model_that_the_service_loads(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo, config: CodecConfig
 ) -> None:
-    checkpoint = run(photos, tmp_path / "run", 4, monkeypatch)
-    monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    checkpoint = run(photos, tmp_path / "run", 4, monkeypatch, config=config)
+    monkeypatch.setitem(CONFIGS, "tiny", config)
     store = tmp_path / "store"
     store.mkdir()
     export(checkpoint, "tiny-1", store)
@@ -225,8 +228,13 @@ def test_the_entropy_model_learns_alone_and_may_grow(
     grown, learned = weights_to_start_from(first, FOUR_PASSES), read_weights(third)
     changed = {name for name, value in learned.items() if not torch.equal(value, grown[name])}
     assert {name.removeprefix("prior.layers.").split("_")[0] for name in changed} == {"fourth"}
+    with pytest.raises(ValueError, match="trains the same parameters"):
+        run(photos, tmp_path / "one", 5, monkeypatch, config=FOUR_PASSES, only="prior")
+    with pytest.raises(ValueError, match="today's tiny"):
+        run(photos, tmp_path / "two", 5, monkeypatch, config=FOUR_PASSES)
     with pytest.raises(ValueError, match="names of parameters, got nothing"):
         run(photos, tmp_path / "none", 4, monkeypatch, only="nothing")
+    draw(tmp_path / "four" / "log.jsonl", tmp_path / "curves.png")
     line = json.loads((tmp_path / "four" / "log.jsonl").read_text().splitlines()[-1])
     assert "bpp" in line
     assert "psnr" not in line
@@ -243,6 +251,23 @@ def test_a_grown_prior_starts_with_its_second_pass(
             if name.startswith(f"prior.layers.{step}_"):
                 assert torch.equal(value, started[name.replace(step, "second")])
     assert weights_to_start_from(checkpoint, TINY).keys() == read_weights(checkpoint).keys()
+
+
+def test_a_run_of_two_passes_still_exports(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = run(photos, tmp_path / "run", 2, monkeypatch)
+    monkeypatch.setitem(CONFIGS, "tiny", FOUR_PASSES)
+    (tmp_path / "store").mkdir()
+    export(checkpoint, "tiny-1", tmp_path / "store")
+    assert Engine(ModelStore(tmp_path / "store"), "cpu").default.codec.config.passes == 2
+
+
+def test_a_branch_that_an_ablation_silences_stays_silent(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = read_weights(run(photos, tmp_path / "run", 4, monkeypatch, prepare=_silence("content")))
+    outs = [value for name, value in weights.items() if name.endswith("content.out.weight")]
+    assert outs
+    assert not any(value.any() for value in outs)
 
 
 def test_a_run_with_other_lambdas_is_not_resumed(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
