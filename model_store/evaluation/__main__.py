@@ -188,6 +188,7 @@ def main() -> None:
                 sub.add_argument("--photo", type=Path, help="the photo of the maps")
             sub.add_argument("--limit", type=int, help="only the first photos of each set")
     args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
     args.run(args)
 
 
