@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model_store.training.loss import LAMBDA_RANGE
 from service.codec.config import CONFIGS, CodecConfig
-from service.codec.prior import ORDINALS, OUTPUTS
+from service.codec.prior import ORDINALS, layer_names
 
 FIRST_LAMBDA_RANGE = (80.0, 5000.0)
 """Of the runs that did not write theirs down."""
@@ -69,8 +69,7 @@ def trained_lambdas(record: Mapping[str, Any]) -> tuple[float, float]:
 
 def config_of(size: str, weights: Mapping[str, Tensor]) -> CodecConfig:
     """Of weights that may be older than today's passes."""
-    config = CONFIGS[size]
-    return config if weights.keys() >= grown(dict(weights), config.passes).keys() else replace(config, passes=2)
+    return replace(CONFIGS[size], passes=sum(f"prior.layers.{step}_hidden.weight" in weights for step in ORDINALS))
 
 
 def grown(weights: dict[str, Tensor], passes: int) -> dict[str, Tensor]:
@@ -78,11 +77,11 @@ def grown(weights: dict[str, Tensor], passes: int) -> dict[str, Tensor]:
 
     The third of four passes then says what the second of two did; the others have yet to learn.
     """
-    second, out = f"prior.layers.{ORDINALS[1]}_", dict(weights)
-    for step in ORDINALS[2:passes]:
-        for name, value in weights.items():
-            if name.startswith(second) and not name.startswith(tuple(f"prior.layers.{last}." for last in OUTPUTS)):
-                out.setdefault(name.replace(second, f"prior.layers.{step}_"), value.clone())
+    out = dict(weights)
+    for name in sorted(layer_names(passes) - layer_names(2)):
+        second = f"{ORDINALS[1]}_{name.partition('_')[2]}"
+        for kind in ("weight", "bias_low", "bias_high"):
+            out.setdefault(f"prior.layers.{name}.{kind}", weights[f"prior.layers.{second}.{kind}"].clone())
     return out
 
 
