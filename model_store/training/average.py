@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model_store.training.growth import grown
 from model_store.training.loss import LAMBDA_RANGE
-from model_store.training.weights import grown, weights_to_start_from
+from model_store.training.weights import weights_to_start_from
 from service.codec.config import CONFIGS
 
 
@@ -31,7 +32,7 @@ def average(checkpoint: Path, parts: Sequence[tuple[float, Path]], output: Path)
         raise ValueError(f"expected shares that sum to 1, got {[share for share, _ in parts]}")
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     config, mean = CONFIGS[state["size"]], dict[str, Tensor]()
-    wanted = grown(state["ema"], config.passes)
+    wanted = grown(state["ema"], config)
     for share, path in parts:
         weights = weights_to_start_from(path, config)
         if weights.keys() != wanted.keys():

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model_store.training.growth import grown
 from model_store.training.loss import LAMBDA_RANGE
 from service.codec.config import CONFIGS, CodecConfig
-from service.codec.prior import ORDINALS, layer_names
+from service.codec.prior import ORDINALS
 
 FIRST_LAMBDA_RANGE = (80.0, 5000.0)
 """Of the runs that did not write theirs down."""
@@ -46,9 +47,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def weights_to_start_from(path: Path, config: CodecConfig) -> dict[str, Tensor]:
-    """The weights of a run, its rate points moved to today's `LAMBDA_RANGE` and its prior grown to today's passes."""
+    """The weights of a run, its rate points moved to today's `LAMBDA_RANGE`, grown to `config`."""
     weights, trained = _read(path)
-    return grown(stretched(weights, trained, LAMBDA_RANGE), config.passes)
+    return grown(stretched(weights, trained, LAMBDA_RANGE), config)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], tuple[float, float]]:
@@ -70,19 +71,6 @@ def trained_lambdas(record: Mapping[str, Any]) -> tuple[float, float]:
 def config_of(size: str, weights: Mapping[str, Tensor]) -> CodecConfig:
     """Of weights that may be older than today's passes."""
     return replace(CONFIGS[size], passes=sum(f"prior.layers.{step}_hidden.weight" in weights for step in ORDINALS))
-
-
-def grown(weights: dict[str, Tensor], passes: int) -> dict[str, Tensor]:
-    """With the layers of the passes that the prior lacks: those of its second one.
-
-    The third of four passes then says what the second of two did; the others have yet to learn.
-    """
-    out = dict(weights)
-    for name in sorted(layer_names(passes) - layer_names(2)):
-        second = f"{ORDINALS[1]}_{name.partition('_')[2]}"
-        for kind in ("weight", "bias_low", "bias_high"):
-            out.setdefault(f"prior.layers.{name}.{kind}", weights[f"prior.layers.{second}.{kind}"].clone())
-    return out
 
 
 def stretched(
