@@ -29,7 +29,7 @@ _SEED = 3456
 
 
 class Watched:
-    """g_a of a model of the store as it was trained, with the outputs of both attentions of its first stack."""
+    """g_a of a model of the store as it was trained, with the outputs of both attentions of its stage at 1/8."""
 
     def __init__(self, store: Path, name: str | None) -> None:
         index = json.loads((store / "store.json").read_text())
@@ -42,7 +42,7 @@ class Watched:
         weights = load_file(store / entry["file"])
         self.g_a.load_state_dict({key[4:]: value.float() for key, value in weights.items() if key.startswith("g_a.")})
         self.outputs: dict[str, Tensor] = {}
-        stack = self.g_a.stacks[0]
+        stack = self.g_a.stacks[config.watched]
         assert isinstance(stack, BlockStack)
         for index, block in enumerate(stack.blocks, 1):
             assert isinstance(block, HATB)

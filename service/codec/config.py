@@ -7,6 +7,9 @@ from dataclasses import dataclass
 STRIDE = 16
 """Pixels per latent position, in each direction: every photo is padded to a multiple of it."""
 
+WATCHED_STRIDE = 8
+"""Pixels per position, in each direction, of the features that tell what is wrong with a photo."""
+
 RATE_POINTS = 8
 """Rate points of every model, numbered 1 (smallest) to 8 (best) in public and 0 to 7 as indexes inside the codec."""
 
@@ -66,6 +69,11 @@ class CodecConfig:
     def heads_of(self, dim: int) -> int:
         """Attention groups of a stage of width `dim`."""
         return self.heads or -(-dim // self.group)
+
+    @property
+    def watched(self) -> int:
+        """Index of the stage that the degradation report reads: the one at 1/8, whatever the stem."""
+        return next((index for index in range(len(self.stages)) if self.stem * 2**index == WATCHED_STRIDE), 0)
 
     @property
     def latents(self) -> int:

@@ -1,7 +1,8 @@
 """The degradation report: a small head on the features of g_a that tells what is wrong with a photo, and how badly.
 
-    stem features -> deviations over the photo; 1x1, GELU -> means, deviations -+
-    first stack's -> deviations over the photo; 1x1, GELU -> means, deviations -+-> two layers -> kinds, strengths
+    before the stage at 1/8 -> deviations over the photo; 1x1, GELU -> means, deviations -+
+    behind it -> deviations over the photo; 1x1, GELU -> means, deviations ---------------+-> two layers -> kinds
+                                                                                                   and strengths
 
 It changes no pixel and no latent: what it says goes into the bitstream's header and to whoever watches the cameras.
 """
@@ -36,7 +37,7 @@ class ReportHead(nn.Module):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        dim = config.stages[0].dim
+        dim = config.stages[config.watched].dim
         self.register_buffer("deviation", torch.ones(2, dim))
         self.look = nn.ModuleList(nn.Linear(dim, _WIDTH) for _ in range(2))
         self.tell = nn.Sequential(
@@ -44,7 +45,7 @@ class ReportHead(nn.Module):
         )
 
     def summary(self, level: int, features: Tensor) -> Tensor:
-        """features: (B, C, H, W), of the stem (level 0) or the first stack (1). Returns (B, 128 + C), whatever H and W.
+        """features: (B, C, H, W), before the stage (level 0) or behind it (1). Returns (B, 128 + C), whatever H and W.
 
         A large photo is looked at on a regular grid of about `_POSITIONS` positions. Deviations are given as their
         logarithm: a blur shows in what is missing.

@@ -95,6 +95,7 @@ class Analysis(nn.Module):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
+        self.watched = config.watched
         overlap = config.stem == 1
         self.stem = Resample(3, config.stages[0].dim, config.stem, up=False, overlap=overlap)
         self.stacks = nn.ModuleList(BlockStack(stage, config) for stage in config.stages)
@@ -104,15 +105,15 @@ class Analysis(nn.Module):
         self.gain = RateGain(config.latents, *GAIN_ANCHORS)
 
     def forward(self, x: Tensor, rate: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
-        """`watch` is shown the features (B, C, H/s, W/s) of the stem, as 0, and of the first stack, as 1."""
-        x = self.stem(x - 0.5)
-        if watch:
-            watch(0, x)
-        x = self.stacks[0](x, rate)
-        if watch:
-            watch(1, x)
-        for down, stack in zip(self.downs, list(self.stacks)[1:]):
-            x = stack(down(x), rate)
+        """`watch` is shown the features (B, C, H/8, W/8) that enter the watched stage, as 0, and leave it, as 1."""
+        x = x - 0.5
+        for index, (enter, stack) in enumerate(zip([self.stem, *self.downs], self.stacks)):
+            x = enter(x)
+            if watch and index == self.watched:
+                watch(0, x)
+            x = stack(x, rate)
+            if watch and index == self.watched:
+                watch(1, x)
         return x.float() * self.gain(rate)
 
 

@@ -7,7 +7,9 @@ import torch
 
 from service.codec import report
 from service.codec.bitstream import Degradation, DegradationKind
+from service.codec.config import CONFIGS
 from service.codec.report import KINDS, ReportHead
+from service.codec.transforms import Analysis
 from tests.codec.test_model import TINY
 
 
@@ -24,6 +26,15 @@ def test_a_summary_does_not_grow_with_the_photo() -> None:
     head = ReportHead(TINY)
     dim = TINY.stages[0].dim
     assert head.summary(1, torch.ones(1, dim, 4, 5)).shape == head.summary(1, torch.ones(1, dim, 40, 50)).shape
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_size_shows_its_stage_at_an_eighth(name: str) -> None:
+    config, seen = CONFIGS[name], list[torch.Size]()
+    with torch.inference_mode():
+        Analysis(config)(torch.rand(1, 3, 64, 96), torch.tensor([3]), lambda _, x: seen.append(x.shape))
+    dim = ReportHead(config).deviation.shape[1]
+    assert seen == [(1, dim, 8, 12)] * 2
 
 
 def test_findings_are_what_is_likely_strongest_first(monkeypatch: pytest.MonkeyPatch) -> None:
