@@ -1,4 +1,4 @@
-"""`python -m tests.golden`: add golden bitstreams of the store's default model.
+"""`python -m tests.golden [MODEL]`: add golden bitstreams of a model of the store, its default otherwise.
 
 They are made once per model and never again: a test decodes them with every later version of the code.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 
 import torch
 
@@ -20,6 +21,7 @@ from tests.conftest import DATA, noisy, photo
 def main() -> None:
     settings = Settings()
     engine = Engine(ModelStore(settings.store), "cpu")
+    model = engine.model(sys.argv[1] if len(sys.argv) > 1 else None)
     folder = DATA / "golden"
     folder.mkdir(exist_ok=True)
     listing = folder / "digests.json"
@@ -30,11 +32,11 @@ def main() -> None:
         ("bikes", photo("bikes"), 8),
     ):
         pixels = noisy(clean)[: 150 if rate == 4 else None, : 181 if rate == 4 else None]
-        (stream,) = engine.encode([EncodeJob(pixels, rate)])
+        (stream,) = engine.encode([EncodeJob(pixels, rate, model.entry.name)])
         h, w = latent_size(stream.height, stream.width)
         coded = Coded(stream.payload, stream.outliers)
-        y_hat = engine.default.codec.read([coded], torch.tensor([rate - 1]), h, w)
-        path = folder / f"{engine.default.entry.name}-{name}-{rate}.lmp"
+        y_hat = model.codec.read([coded], torch.tensor([rate - 1]), h, w)
+        path = folder / f"{model.entry.name}-{name}-{rate}.lmp"
         if path.exists():
             raise SystemExit(f"{path} exists: golden bitstreams are never made again")
         path.write_bytes(stream.to_bytes())
