@@ -5,9 +5,9 @@ They are made once per model and never again: a test decodes them with every lat
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
-import sys
 
 import torch
 
@@ -19,9 +19,12 @@ from tests.conftest import DATA, noisy, photo
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__)
+    parser.add_argument("model", nargs="?", help="its name in the store")
+    args = parser.parse_args()
     settings = Settings()
     engine = Engine(ModelStore(settings.store), "cpu")
-    model = engine.model(sys.argv[1] if len(sys.argv) > 1 else None)
+    model = engine.model(args.model)
     folder = DATA / "golden"
     folder.mkdir(exist_ok=True)
     listing = folder / "digests.json"

@@ -75,13 +75,11 @@ def _with_finer_stage(
     scale = scale.flatten()[:, None]
     idle = torch.full((dim - count,), _IDLE)
 
+    last = len(config.stages) - 1  # of g_s, which goes from coarse to fine
+    up = f"g_s.ups.{last - 1}.conv"
+    new = ("g_a.stem.", "g_a.stacks.0.", "g_a.downs.0.", f"{up}.", f"g_s.stacks.{last}.", "g_s.head.")
     out = {_one_stage_later(name): value for name, value in weights.items()}
-    for name in ("g_a.stem", "g_a.downs.0", f"g_s.ups.{len(config.stages) - 2}", "g_s.head"):
-        for kind in ("conv.weight", "conv.bias"):
-            out[f"{name}.{kind}"] = fresh[f"{name}.{kind}"].clone()
-    finest = (f"g_a.stacks.0.gain.{end}" for end in ("log_low", "log_high"))
-    mirrored = (f"g_s.stacks.{len(config.stages) - 1}.gain.{end}" for end in ("log_low", "log_high"))
-    out |= {name: fresh[name] for name in (*finest, *mirrored)}
+    out |= {name: value.clone() for name, value in fresh.items() if name.startswith(new)}
 
     stem, bias = out["g_a.stem.conv.weight"], out["g_a.stem.conv.bias"]
     stem[:, :, 0, 0] = torch.cat([scale * basis, torch.zeros(dim - count, count)])
@@ -90,7 +88,6 @@ def _with_finer_stage(
     down[:, :count] = torch.einsum("kn,onpq->okpq", basis / scale, _quarters(weights["g_a.stem.conv.weight"], size))
     bias[:] = weights["g_a.stem.conv.bias"] - (down[:, count:].sum((2, 3)) @ idle)
 
-    up, head = (f"g_s.{name}.conv" for name in (f"ups.{len(config.stages) - 2}", "head"))
     old = _quarters(weights["g_s.head.conv.weight"].transpose(0, 1), size)
     rise, bias = out[f"{up}.weight"].view(dim, 2, 2, -1), out[f"{up}.bias"].view(dim, 2, 2)
     rise[:count] = torch.einsum("kn,onpq->kpqo", scale * basis, old)
@@ -98,9 +95,9 @@ def _with_finer_stage(
     old_bias = _quarters(weights["g_s.head.conv.bias"][None], size)
     bias[:count] = torch.einsum("kn,onpq->kpq", scale * basis, old_bias)
     bias[count:] = _IDLE
-    last, bias = out[f"{head}.weight"], out[f"{head}.bias"]
-    last[:, :count, 0, 0] = (basis / scale).T
-    bias[:] = -last[:, count:, 0, 0] @ idle
+    head, bias = out["g_s.head.conv.weight"], out["g_s.head.conv.bias"]
+    head[:, :count, 0, 0] = (basis / scale).T
+    bias[:] = -head[:, count:, 0, 0] @ idle
     return out
 
 

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 STRIDE = 16
 """Pixels per latent position, in each direction: every photo is padded to a multiple of it."""
 
-WATCHED_STRIDE = 8
-"""Pixels per position, in each direction, of the features that tell what is wrong with a photo."""
-
 RATE_POINTS = 8
 """Rate points of every model, numbered 1 (smallest) to 8 (best) in public and 0 to 7 as indexes inside the codec."""
 
@@ -72,8 +69,8 @@ class CodecConfig:
 
     @property
     def watched(self) -> int:
-        """Index of the stage that the degradation report reads: the one at 1/8, whatever the stem."""
-        return next((index for index in range(len(self.stages)) if self.stem * 2**index == WATCHED_STRIDE), 0)
+        """Index of the stage that the degradation report reads: the last but one, at 1/8, or else the only one."""
+        return max(0, len(self.stages) - 2)
 
     @property
     def latents(self) -> int:

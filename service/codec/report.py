@@ -1,8 +1,7 @@
 """The degradation report: a small head on the features of g_a that tells what is wrong with a photo, and how badly.
 
-    before the stage at 1/8 -> deviations over the photo; 1x1, GELU -> means, deviations -+
-    behind it -> deviations over the photo; 1x1, GELU -> means, deviations ---------------+-> two layers -> kinds
-                                                                                                   and strengths
+    into stage at 1/8 -> deviations over the photo; 1x1, GELU -> means, deviations -+
+    out of it         -> deviations over the photo; 1x1, GELU -> means, deviations -+-> two layers -> kinds, strengths
 
 It changes no pixel and no latent: what it says goes into the bitstream's header and to whoever watches the cameras.
 """
@@ -45,7 +44,7 @@ class ReportHead(nn.Module):
         )
 
     def summary(self, level: int, features: Tensor) -> Tensor:
-        """features: (B, C, H, W), before the stage (level 0) or behind it (1). Returns (B, 128 + C), whatever H and W.
+        """features: (B, C, H, W), into the stage (level 0) or out of it (1). Returns (B, 128 + C), whatever H and W.
 
         A large photo is looked at on a regular grid of about `_POSITIONS` positions. Deviations are given as their
         logarithm: a blur shows in what is missing.
