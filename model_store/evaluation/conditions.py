@@ -120,6 +120,12 @@ def clean_paths(root: Path, name: str) -> list[Path]:
     return paths
 
 
+def pair_of(clean: Path) -> Path:
+    """The degraded photo beside `X_clean.png`."""
+    (other,) = set(clean.parent.glob(f"{clean.stem.removesuffix('_clean')}_*.png")) - {clean}
+    return other
+
+
 def samples(root: Path, name: str, limit: int | None = None) -> Iterator[Sample]:
     """Every photo of a set under every condition of it.
 
@@ -130,9 +136,7 @@ def samples(root: Path, name: str, limit: int | None = None) -> Iterator[Sample]
         clean = read_rgb(path)
         for condition in SETS[name]:
             if _pairs(name):
-                stem = path.stem.removesuffix("_clean")
-                (other,) = set((root / name).glob(f"{stem}_*.png")) - {path}
-                yield Sample(stem, condition, clean, read_rgb(other))
+                yield Sample(path.stem.removesuffix("_clean"), condition, clean, read_rgb(pair_of(path)))
             else:
                 yield Sample(path.stem, condition, clean, degraded_photo(clean, index, condition.name))
 

@@ -1,0 +1,125 @@
+"""`python -m model_store.training.exam`: weights of a run on the photos of the evaluation, in minutes instead of hours.
+
+Rates are estimated and photos are cut to their centres, so the figures serve to compare weights with each other; what a
+model is worth is told by `model_store.evaluation`, after its export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model_store.evaluation.conditions import Photo, clean_paths, degraded_photo, pair_of, psnr, read_rgb
+from model_store.evaluation.report import Curve, bd_rate
+from model_store.training.weights import weights_to_start_from
+from service.codec.config import CONFIGS, STRIDE
+from service.codec.device import pick_device, transform_precision
+from service.codec.model import TrainableCodec
+
+CROP = (384, 512)
+"""Rows and columns of the centre that is seen."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A condition of a set, every `every`-th photo of it, at some rate points."""
+
+    set: str
+    condition: str
+    every: int
+    rates: tuple[int, ...]
+
+
+_ALL, _TWO = (2, 4, 6, 8), (5, 7)
+
+QUESTIONS = (
+    Question("kodak", "clean", 1, _ALL),
+    Question("kodak", "noise-25", 3, _ALL),
+    Question("kodak", "sensor-3", 3, _ALL),
+    Question("kodak", "rain", 1, _ALL),
+    Question("kodak", "snow", 3, _ALL),
+    Question("kodak", "haze", 1, _ALL),
+    Question("kodak", "low-light", 1, _ALL),
+    Question("rain", "pairs", 1, _TWO),
+    Question("cc15", "pairs", 1, _TWO),
+)
+
+
+def _centre(photo: Photo) -> Photo:
+    height, width = (min(side, wanted) // STRIDE * STRIDE for side, wanted in zip(photo.shape, CROP))
+    top, left = (photo.shape[0] - height) // 2, (photo.shape[1] - width) // 2
+    return photo[top : top + height, left : left + width]
+
+
+def photos_of(root: Path, question: Question) -> Iterator[tuple[Photo, Photo]]:
+    """Centres of degraded and clean photos."""
+    for index, path in list(enumerate(clean_paths(root, question.set)))[:: question.every]:
+        clean = read_rgb(path)
+        pairs = question.condition == "pairs"
+        degraded = read_rgb(pair_of(path)) if pairs else degraded_photo(clean, index, question.condition)
+        yield _centre(degraded), _centre(clean)
+
+
+@torch.inference_mode()
+def sit(model: TrainableCodec, root: Path) -> dict[str, Curve]:
+    """`SET CONDITION` to the means over its photos: estimated bits per pixel, and PSNR of 8-bit RGB in dB."""
+    device = next(model.parameters()).device
+    halved = transform_precision(device) == "bfloat16"
+    model.eval().to(memory_format=torch.channels_last)
+    answers = {}
+    for question in tqdm(QUESTIONS, desc="exam"):
+        points: dict[int, list[tuple[float, float]]] = {rate: [] for rate in question.rates}
+        for degraded, clean in photos_of(root, question):
+            x = torch.from_numpy(degraded.copy()).to(device).permute(2, 0, 1)[None].float() / 255
+            for point, seen in points.items():
+                with torch.autocast(device.type, torch.bfloat16, enabled=halved):
+                    out = model(x, torch.tensor([point - 1], device=device))
+                bits = float(out.y_bits + out.z_bits)
+                seen.append((bits / (x.shape[2] * x.shape[3]), psnr(_pixels(out.x_hat), clean)))
+        means = [np.mean(seen, axis=0).tolist() for seen in points.values()]
+        bpp, quality = zip(*means)
+        answers[f"{question.set} {question.condition}"] = Curve(bpp, quality, question.rates)
+    return answers
+
+
+def _pixels(x: Tensor) -> Photo:
+    return (x[0].float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def compared(curve: Curve, anchor: Curve) -> str:
+    """BD-rate, or without a shared course the differences at each rate point."""
+    change = bd_rate(curve, anchor) if len(curve.bpp) > 2 else None
+    pairs = zip(curve.setting, curve.psnr, anchor.psnr, curve.bpp, anchor.bpp)
+    points = ", ".join(f"{at}: {a - b:+.2f} dB {100 * (c / d - 1):+.1f}%" for at, a, b, c, d in pairs)
+    return f"{'' if change is None else f'BD-rate {change:+.1f}%; '}{points}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m model_store.training.exam", description=__doc__)
+    parser.add_argument("weights", type=Path, help="a checkpoint.pt, or a file of states/")
+    parser.add_argument("--photos", type=Path, required=True, help="folder that holds the sets as subfolders")
+    parser.add_argument("--size", choices=sorted(CONFIGS), default="edge")
+    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--against", type=Path, help="JSON of an earlier exam")
+    args = parser.parse_args()
+    model = TrainableCodec(CONFIGS[args.size]).to(pick_device("auto"))
+    model.load_state_dict(weights_to_start_from(args.weights, model.config))
+    answers = sit(model, args.photos)
+    anchors = json.loads(args.against.read_text()) if args.against else {}
+    for name, curve in answers.items():
+        points = ", ".join(f"{q:.2f} dB at {b:.3f}" for b, q in zip(curve.bpp, curve.psnr))
+        print(f"{name}: {compared(curve, Curve(**anchors[name])) if name in anchors else points}")
+    if args.output:
+        args.output.write_text(json.dumps({name: asdict(curve) for name, curve in answers.items()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
