@@ -128,12 +128,16 @@ class Engine:
         """End the engine's thread once its work is done."""
         self._device_thread.shutdown()
 
-    def _on_device(self, work: Callable[[], T]) -> T:
-        """Run torch work in the engine's thread and wait for it."""
+    def on_device(self, work: Callable[[], T]) -> T:
+        """Run torch work in the engine's thread and wait for it.
+
+        No other thread may: where there are more OpenMP threads than CPUs, those that wait no longer spin, and
+        everything takes a third longer (two cores, libgomp).
+        """
         return self._device_thread.submit(torch.inference_mode()(work)).result()
 
     def _loaded(self, store: ModelStore, entry: ModelEntry) -> Model:
-        return Model(entry, self._on_device(lambda: store.load(entry, self.device, getattr(torch, self.precision))))
+        return Model(entry, self.on_device(lambda: store.load(entry, self.device, getattr(torch, self.precision))))
 
     def model(self, name: str | None) -> Model:
         """A model by name, None for the default.
@@ -276,7 +280,7 @@ class Engine:
                 return codec.symbols_of(y, z_hat, rate), found
 
         for part in self._parts(len(jobs), padded_pixels(*jobs[0].photo.shape[:2])):
-            latents, found = self._on_device(partial(transform, jobs[part]))
+            latents, found = self.on_device(partial(transform, jobs[part]))
             with times.measure("entropy"):
                 coded = [codec.write(one) for one in latents]
             model_id = model.entry.model_id
@@ -305,10 +309,10 @@ class Engine:
             coded = [Coded(stream.payload, stream.outliers) for stream in streams[part]]
             with times.measure("entropy"):
                 try:
-                    y_hat = codec.read(coded, rate, h, w, self._on_device)
+                    y_hat = codec.read(coded, rate, h, w, self.on_device)
                 except CorruptPayload as error:
                     raise CorruptBitstream(str(error)) from error
-            pixels = self._on_device(partial(transform, y_hat, rate))
+            pixels = self.on_device(partial(transform, y_hat, rate))
             photos += [np.ascontiguousarray(photo[: s.height, : s.width]) for photo, s in zip(pixels, streams[part])]
         self._tidy(streams[0].pixels)
         return photos

@@ -40,7 +40,8 @@ def main() -> None:
     print("| stage | ms |\n|---|---|")
     (stream,) = stage("**compress**", lambda: engine.encode([EncodeJob(photo, 4)]))
     stage("**decompress**", lambda: engine.decode([stream]))
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bfloat16"):
+
+    def torch_stages() -> None:
         g_a, g_s, prior = codec.g_a, codec.g_s, codec.prior
         x = stage("to float, padded", lambda: pad_to_stride(as_tensor(photo)))
         x = x.contiguous(memory_format=torch.channels_last)
@@ -49,20 +50,21 @@ def main() -> None:
         f = stage("g_a down", lambda: g_a.downs[0](f))
         f = stage("g_a blocks at 1/16", lambda: g_a.stacks[1](f, rate))
         y = f.float() * g_a.gain(rate)
-        with torch.autocast("cpu", enabled=False):
-            z_hat = stage("h_a", lambda: codec.h_a(y / (g_a.gain(rate) * codec.deviation[:, None, None])).round())
-            h, w = y.shape[-2:]
-            features = stage("prior: features", lambda: prior.features(z_hat, rate, h, w))
-            known = y.round().permute(0, 2, 3, 1).contiguous()
-            for index, part in enumerate(parts(h, w, prior.passes, y.device)):
-                stage(f"prior: pass {index}", partial(prior.speak, index, features, known, rate, part))
-            symbols = stage("prior and symbols, encoder", lambda: codec.symbols_of(y, z_hat, rate))
-            coded = stage("rANS encoder", lambda: codec.write(symbols[0]))
-            y_hat = stage("prior and rANS decoder", lambda: codec.read([coded], rate, h, w))
+        z_hat = stage("h_a", lambda: codec.h_a(y / (g_a.gain(rate) * codec.deviation[:, None, None])).round())
+        h, w = y.shape[-2:]
+        features = stage("prior: features", lambda: prior.features(z_hat, rate, h, w))
+        known = y.round().permute(0, 2, 3, 1).contiguous()
+        for index, part in enumerate(parts(h, w, prior.passes, y.device)):
+            stage(f"prior: pass {index}", partial(prior.speak, index, features, known, rate, part))
+        symbols = stage("prior and symbols, encoder", lambda: codec.symbols_of(y, z_hat, rate))
+        coded = stage("rANS encoder", lambda: codec.write(symbols[0]))
+        y_hat = stage("prior and rANS decoder", lambda: codec.read([coded], rate, h, w))
         f = stage("g_s blocks at 1/16", lambda: g_s.stacks[0](y_hat * g_s.gain(rate), rate))
         f = stage("g_s up", lambda: g_s.ups[0](f))
         f = stage("g_s blocks at 1/8", lambda: g_s.stacks[1](f, rate))
         stage("g_s head", lambda: g_s.head(f))
+
+    engine.on_device(torch_stages)
 
 
 if __name__ == "__main__":

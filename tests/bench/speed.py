@@ -7,6 +7,8 @@
     memory   a photo of 12 and one of 50 megapixels, each in its own process
     startup  from the start of the process to ready, and how much of it are imports of others
 
+All torch work is done in the engine's thread: see `Engine.on_device`.
+
 Prints a table with the goals and writes JSON. A benchmark, not a test: nothing here passes or fails.
 """
 
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 from service.codec.config import CONFIGS
 from service.codec.cost import cost
 from service.codec.model import TrainableCodec, ship
-from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride
+from service.codec.shipped import Coded, ShippedCodec, latent_size, pad_to_stride
 from service.engine import EncodeJob, Engine, Photo, StageTimes
 from service.settings import Settings
 from service.store import ModelStore
@@ -38,6 +40,8 @@ from tests.bench.machine import machine, result_file
 from tests.served import served
 
 PIXELS = 768 * 512
+
+TURNS, TURN_SECONDS = 4, 0.4
 
 
 def seconds(call: Callable[[], object], repeats: int, warm: int = 1) -> float:
@@ -52,6 +56,24 @@ def seconds(call: Callable[[], object], repeats: int, warm: int = 1) -> float:
     return median(times)
 
 
+def by_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each call.
+
+    They take turns: where machines are shared, speed changes by a third from minute to minute, and ratios shall not.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(1 + TURNS):  # the first one warms up
+        for name, call in calls.items():
+            ends = time.perf_counter() + TURN_SECONDS
+            while True:
+                took = seconds(call, 1, 0)
+                if turn:
+                    times[name].append(took)
+                if time.perf_counter() >= ends:
+                    break
+    return {name: median(each) for name, each in times.items()}
+
+
 def as_tensor(photo: Photo) -> torch.Tensor:
     return torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float() / 255
 
@@ -63,80 +85,93 @@ def peers(engine: Engine, photo: Photo) -> dict[str, dict[str, float]]:
         from compressai.zoo import cheng2020_attn, mbt2018_mean
     job = [EncodeJob(photo, 4)]
     stream = engine.encode(job)
-    found = {
-        "edge": {
-            "compress": seconds(lambda: engine.encode(job)[0].to_bytes(), 15, 3),
-            "decompress": seconds(lambda: engine.decode(stream), 15, 3),
-        }
-    }
-    x = as_tensor(photo)
-    with torch.inference_mode():
-        for name, make, repeats in (("mbt2018-mean", mbt2018_mean, 5), ("cheng2020-attn", cheng2020_attn, 1)):
+    calls: dict[str, Callable[[], object]] = {}
+
+    def add(name: str, compress: Callable[[], object], decompress: Callable[[], object]) -> None:
+        calls[f"{name} compress"] = partial(engine.on_device, compress)
+        calls[f"{name} decompress"] = partial(engine.on_device, decompress)
+
+    def prepare() -> None:
+        x = as_tensor(photo)
+        for name, make in (("mbt2018-mean", mbt2018_mean), ("cheng2020-attn", cheng2020_attn)):
             torch.manual_seed(1)
             model = make(4, pretrained=False).eval()
             model.update()
             packed = model.compress(x)
-            found[name] = {
-                "compress": seconds(partial(model.compress, x), repeats, 0),
-                "decompress": seconds(partial(model.decompress, packed["strings"], packed["shape"]), repeats, 0),
-            }
+            add(name, partial(model.compress, x), partial(model.decompress, packed["strings"], packed["shape"]))
         torch.manual_seed(1)
         ours = TrainableCodec(CONFIGS["paper-s"]).eval()
         codec = ShippedCodec.from_tensors(*ship(ours), engine.device, getattr(torch, engine.precision))
-        rate, padded = torch.tensor([3]), pad_to_stride(x)
+        rate, padded, size = torch.tensor([3]), pad_to_stride(x), latent_size(*photo.shape[:2])
 
-        def compress() -> object:
+        def compress() -> Coded:
             return codec.write(codec.symbols_of(*codec.analyse(padded, rate)[:2], rate)[0])
 
         coded = compress()
-        found["paper-s"] = {
-            "compress": seconds(compress, 3),
-            "decompress": seconds(
-                lambda: codec.synthesise(codec.read([coded], rate, *latent_size(*photo.shape[:2])), rate), 3
-            ),
-        }
+        add("paper-s", compress, lambda: codec.synthesise(codec.read([coded], rate, *size), rate))
+
+    engine.on_device(prepare)
+    calls["edge compress"] = lambda: engine.encode(job)[0].to_bytes()
+    calls["edge decompress"] = lambda: engine.decode(stream)
+    found: dict[str, dict[str, float]] = {}
+    for call, took in by_turns(calls).items():
+        name, way = call.split()
+        found.setdefault(name, {})[way] = took
     return found
 
 
-def peak(dtype: torch.dtype) -> dict[str, float]:
-    """The best GFLOP/s of bare convolutions and of a bare matrix product in `dtype`."""
-    best = 0.0
+def bare(dtype: torch.dtype) -> dict[str, tuple[float, Callable[[], object]]]:
+    """Bare convolutions and a bare matrix product in `dtype`, with their floating-point operations."""
+    calls: dict[str, tuple[float, Callable[[], object]]] = {}
     for channels, kernel, height, width in ((128, 3, 64, 96), (256, 3, 64, 96), (192, 1, 128, 192), (512, 1, 64, 96)):
         x = torch.rand(1, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
         weight = torch.rand(channels, channels, kernel, kernel).to(dtype).contiguous(memory_format=torch.channels_last)
-        flops = 2 * channels**2 * kernel**2 * height * width
-        best = max(best, flops / seconds(partial(F.conv2d, x, weight, padding=kernel // 2), 15, 3))
+        flops = 2.0 * channels**2 * kernel**2 * height * width
+        calls[f"convolution {channels}"] = flops, partial(F.conv2d, x, weight, padding=kernel // 2)
     a = torch.rand(2048, 2048).to(dtype)
-    return {"convolution": best / 1e9, "matrix_product": 2 * 2048**3 / seconds(lambda: a @ a, 9, 2) / 1e9}
+    return {**calls, "matrix_product": (2.0 * 2048**3, lambda: a @ a)}
 
 
 def share(engine: Engine, photo: Photo) -> dict[str, float]:
-    """GFLOP/s of g_a and g_s, and of the bare operations."""
+    """GFLOP/s of g_a and g_s, of the best bare convolution and of a bare matrix product."""
     codec, macs = engine.default.codec, cost(CONFIGS[engine.default.entry.size])
-    rate = torch.tensor([3])
-    with torch.inference_mode():
+    work = {"g_a": 2e3 * macs.encoder * PIXELS, "g_s": 2e3 * macs.decoder * PIXELS}
+
+    def measured() -> dict[str, float]:
+        rate = torch.tensor([3])
         x = pad_to_stride(as_tensor(photo)).contiguous(memory_format=torch.channels_last)
-        y = codec.g_a(x, rate)
-        best = peak(getattr(torch, engine.precision))
-        found = {
-            "g_a": 2e3 * macs.encoder * PIXELS / seconds(lambda: codec.g_a(x, rate), 15, 3) / 1e9,
-            "g_s": 2e3 * macs.decoder * PIXELS / seconds(lambda: codec.g_s(y.round(), rate), 15, 3) / 1e9,
-        }
-    return {**found, **best}
+        y_hat = codec.g_a(x, rate).round()
+        others = bare(getattr(torch, engine.precision))
+        work.update({name: flops for name, (flops, _) in others.items()})
+        ours = {"g_a": lambda: codec.g_a(x, rate), "g_s": lambda: codec.g_s(y_hat, rate)}
+        return by_turns({**ours, **{name: call for name, (_, call) in others.items()}})
+
+    found: dict[str, float] = {}
+    for name, took in engine.on_device(measured).items():
+        kind = name.split()[0]
+        found[kind] = max(found.get(kind, 0), work[name] / took / 1e9)
+    return found
 
 
 def exact(engine: Engine, photo: Photo) -> dict[str, float]:
     """The part of a call's time that is not the float transforms: exact path, symbols, rANS."""
     codec, job, rate = engine.default.codec, [EncodeJob(photo, 4)], torch.tensor([3])
-    (stream,) = engine.encode(job)
-    with torch.inference_mode():
-        x = pad_to_stride(as_tensor(photo))
-        y, *_ = codec.analyse(x, rate)
-        forth = 1 - seconds(lambda: codec.analyse(x, rate), 15, 3) / seconds(lambda: engine.encode(job), 15, 3)
-        back = 1 - seconds(lambda: codec.synthesise(y, rate), 15, 3) / seconds(lambda: engine.decode([stream]), 15, 3)
-    times = StageTimes()
-    engine.encode(job, times)
-    return {"compress": forth, "decompress": back, "rans_compress": times.entropy / (times.entropy + times.transform)}
+    (stream,), times = engine.encode(job), StageTimes()
+    x = engine.on_device(lambda: pad_to_stride(as_tensor(photo)))
+    y, *_ = engine.on_device(lambda: codec.analyse(x, rate))
+    took = by_turns(
+        {
+            "analyse": lambda: engine.on_device(lambda: codec.analyse(x, rate)),
+            "encode": lambda: engine.encode(job, times),
+            "synthesise": lambda: engine.on_device(lambda: codec.synthesise(y, rate)),
+            "decode": lambda: engine.decode([stream]),
+        }
+    )
+    return {
+        "compress": 1 - took["analyse"] / took["encode"],
+        "decompress": 1 - took["synthesise"] / took["decode"],
+        "rans_compress": times.entropy / (times.entropy + times.transform),
+    }
 
 
 LARGE = """
