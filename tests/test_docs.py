@@ -49,6 +49,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photos-eval/kodak").mkdir(parents=True)
     for name in ("parrots", "bikes"):
         Image.fromarray(photo(name)).save(folder / f"photos-eval/kodak/{name}.png")
+    for pair in ("rain/1_clean", "rain/1_rain", "cc15/1_clean", "cc15/1_noisy"):
+        (folder / "photos-eval" / pair).parent.mkdir(exist_ok=True)
+        Image.fromarray(clean).save(folder / f"photos-eval/{pair}.png")
     (folder / "deploy").symlink_to(ROOT / "deploy")
     return folder
 
