@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from model_store.evaluation.conditions import Photo, Sample
+from model_store.evaluation.conditions import Photo, Sample, as_photo, as_tensor
 from service.codec.bitstream import Bitstream
 from service.codec.device import pick_device, transform_precision
 from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride
@@ -49,7 +49,7 @@ class LimpidCodec:
     def round_trip(self, photo: Photo, rates: Sequence[int]) -> Iterator[tuple[Bitstream, Photo]]:
         """Compress and restore a photo at some rate points."""
         height, width = photo.shape[:2]
-        x = pad_to_stride(torch.from_numpy(photo.copy()).to(self.device).permute(2, 0, 1)[None].float() / 255)
+        x = pad_to_stride(as_tensor(photo).to(self.device))
         size = latent_size(height, width)
         model_id = bytes.fromhex(self.entry["sha256"])[:8]
         for point in rates:
@@ -58,8 +58,8 @@ class LimpidCodec:
             coded = self.codec.write(self.codec.symbols_of(y, z_hat, rate)[0])
             y_hat = self.codec.read([coded], rate, *size)
             x_hat = self.codec.synthesise(y_hat, rate)
-            restored = (x_hat[0, :, :height, :width] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-            yield Bitstream(model_id, point, width, height, found[0], coded.outliers, coded.payload), restored
+            stream = Bitstream(model_id, point, width, height, found[0], coded.outliers, coded.payload)
+            yield stream, as_photo(x_hat[0, :, :height, :width])
 
     def points(self, sample: Sample) -> Iterator[tuple[int, int, Photo]]:
         """(rate point, bytes of the `.lmp` file, restored photo) for every rate point of the sample's condition."""

@@ -94,18 +94,14 @@ def degraded_photo(clean: Photo, index: int, condition: str) -> Photo:
     if condition.startswith("noise-"):
         noise = np.random.default_rng(1234 + index).normal(0, int(condition[6:]), clean.shape)
         return np.clip(np.rint(clean + noise), 0, 255).astype(np.uint8)
-    x = torch.from_numpy(clean.copy()).permute(2, 0, 1)[None].float() / 255
+    x = as_tensor(clean)
     if condition.startswith("sensor-"):
         light = to_linear(x[0]).permute(1, 2, 0).double().numpy()
         read, shot = SENSOR_LEVELS[int(condition[7:]) - 1]
         noisy = light + np.random.default_rng(1234 + index).normal(0, 1, light.shape) * np.sqrt(read**2 + shot * light)
         return (to_srgb(torch.from_numpy(noisy)) * 255).round().to(torch.uint8).numpy()
     out = degrade(x, [(Kind(condition),)], torch.Generator().manual_seed(5678 + index), EVALUATION)
-    return (out[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-
-
-def _pairs(name: str) -> bool:
-    return [condition.name for condition in SETS[name]] == ["pairs"]
+    return as_photo(out[0])
 
 
 def clean_paths(root: Path, name: str) -> list[Path]:
@@ -114,16 +110,19 @@ def clean_paths(root: Path, name: str) -> list[Path]:
     Raises:
         ValueError: the set is not below root.
     """
-    paths = sorted((root / name).glob("*_clean.png" if _pairs(name) else "*.png"))
+    pairs = any(condition.name == "pairs" for condition in SETS[name])
+    paths = sorted((root / name).glob("*_clean.png" if pairs else "*.png"))
     if not paths:
         raise ValueError(f"expected PNG photos in {root / name}")
     return paths
 
 
-def pair_of(clean: Path) -> Path:
-    """The degraded photo beside `X_clean.png`."""
-    (other,) = set(clean.parent.glob(f"{clean.stem.removesuffix('_clean')}_*.png")) - {clean}
-    return other
+def uploaded(path: Path, clean: Photo, index: int, condition: str) -> Photo:
+    """What a codec gets of the photo at `index` of its sorted set: of `pairs` the one beside `X_clean.png`."""
+    if condition != "pairs":
+        return degraded_photo(clean, index, condition)
+    (other,) = set(path.parent.glob(f"{path.stem.removesuffix('_clean')}_*.png")) - {path}
+    return read_rgb(other)
 
 
 def samples(root: Path, name: str, limit: int | None = None) -> Iterator[Sample]:
@@ -135,16 +134,24 @@ def samples(root: Path, name: str, limit: int | None = None) -> Iterator[Sample]
     for index, path in enumerate(clean_paths(root, name)[:limit]):
         clean = read_rgb(path)
         for condition in SETS[name]:
-            if _pairs(name):
-                yield Sample(path.stem.removesuffix("_clean"), condition, clean, read_rgb(pair_of(path)))
-            else:
-                yield Sample(path.stem, condition, clean, degraded_photo(clean, index, condition.name))
+            degraded = uploaded(path, clean, index, condition.name)
+            yield Sample(path.stem.removesuffix("_clean"), condition, clean, degraded)
 
 
 def read_rgb(path: Path) -> Photo:
     """A file as (H, W, 3) uint8."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def as_tensor(photo: Photo) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def as_photo(x: torch.Tensor) -> Photo:
+    """(3, H, W) in [0, 1] -> (H, W, 3) uint8."""
+    return (x * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 def psnr(a: Photo, b: Photo) -> float:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model_store.degradations import EVALUATION, Kind, degrade
-from model_store.evaluation.conditions import read_rgb
+from model_store.evaluation.conditions import as_tensor, read_rgb
 from service.codec.blocks import HATB
 from service.codec.config import CodecConfig, Stage
 from service.codec.shipped import pad_to_stride
@@ -62,10 +62,6 @@ class Watched:
         return dict(self.outputs)
 
 
-def _photo(path: Path) -> Tensor:
-    return torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1)[None].float() / 255
-
-
 def draw_maps(watched: Watched, photo: Path, target: Path, kinds: Sequence[Kind] = KINDS[:6]) -> None:
     """A row per kind: the photo, then the strength of each block's attentions, the root mean square over channels."""
     import matplotlib
@@ -73,7 +69,7 @@ def draw_maps(watched: Watched, photo: Path, target: Path, kinds: Sequence[Kind]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    x, rows = _photo(photo), []
+    x, rows = as_tensor(read_rgb(photo)), []
     for kind in kinds:
         degraded = degrade(x, [(kind,)], torch.Generator().manual_seed(_SEED), EVALUATION)
         maps = {name: one.square().mean(1).sqrt()[0].numpy() for name, one in watched.see(degraded).items()}
@@ -115,7 +111,7 @@ def draw_embedding(watched: Watched, photos: Sequence[Path], target: Path) -> fl
     rows: list[Tensor] = []
     labels: list[int] = []
     for index, path in enumerate(photos):
-        x = _photo(path)[:, :, :_SIDE, :_SIDE].expand(len(KINDS), -1, -1, -1)
+        x = as_tensor(read_rgb(path))[:, :, :_SIDE, :_SIDE].expand(len(KINDS), -1, -1, -1)
         kinds = [(kind,) for kind in KINDS]
         degraded = degrade(x, kinds, torch.Generator().manual_seed(_SEED + index), EVALUATION)
         seen = [one for name, one in watched.see(degraded).items() if name.startswith("S-DA")]

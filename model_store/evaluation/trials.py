@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from model_store.degradations import EVALUATION, MAKERS, Kind, degrade
 from model_store.evaluation.codecs import LimpidCodec
-from model_store.evaluation.conditions import psnr, read_rgb
+from model_store.evaluation.conditions import as_tensor, psnr, read_rgb
 from service.codec.shipped import pad_to_stride
 
 NAMING_RATE, GENERATION_RATE, SHEET_RATE = 4, 6, 5
@@ -32,7 +32,7 @@ def naming(codec: LimpidCodec, root: Path, limit: int | None = None) -> dict[str
     said: dict[Kind, Counter[str]] = {kind: Counter() for kind in (Kind.CLEAN, *MAKERS)}
     only: Counter[Kind] = Counter()
     for index, path in enumerate(tqdm(paths, desc="naming")):
-        x = torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1)[None].float() / 255
+        x = as_tensor(read_rgb(path))
         for kind, names in said.items():
             degraded = degrade(x, [(kind,)], torch.Generator().manual_seed(_SEED + index), EVALUATION)
             rate = torch.tensor([NAMING_RATE - 1], device=codec.device)

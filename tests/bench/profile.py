@@ -12,13 +12,14 @@ from typing import TypeVar
 
 import torch
 
+from model_store.evaluation.conditions import as_tensor
 from service.codec.prior import parts
 from service.codec.shipped import pad_to_stride
 from service.engine import EncodeJob, Engine
 from service.settings import Settings
 from service.store import ModelStore
 from tests.bench.load import upload
-from tests.bench.speed import as_tensor, seconds
+from tests.bench.speed import seconds
 
 T = TypeVar("T")
 

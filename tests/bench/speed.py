@@ -28,6 +28,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
+from model_store.evaluation.conditions import as_tensor
 from service.codec.config import CONFIGS
 from service.codec.cost import cost
 from service.codec.model import TrainableCodec, ship
@@ -72,10 +73,6 @@ def by_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
                 if time.perf_counter() >= ends:
                     break
     return {name: median(each) for name, each in times.items()}
-
-
-def as_tensor(photo: Photo) -> torch.Tensor:
-    return torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float() / 255
 
 
 def peers(engine: Engine, photo: Photo) -> dict[str, dict[str, float]]:
@@ -135,22 +132,23 @@ def bare(dtype: torch.dtype) -> dict[str, tuple[float, Callable[[], object]]]:
 def share(engine: Engine, photo: Photo) -> dict[str, float]:
     """GFLOP/s of g_a and g_s, of the best bare convolution and of a bare matrix product."""
     codec, macs = engine.default.codec, cost(CONFIGS[engine.default.entry.size])
-    work = {"g_a": 2e3 * macs.encoder * PIXELS, "g_s": 2e3 * macs.decoder * PIXELS}
 
     def measured() -> dict[str, float]:
         rate = torch.tensor([3])
         x = pad_to_stride(as_tensor(photo)).contiguous(memory_format=torch.channels_last)
         y_hat = codec.g_a(x, rate).round()
-        others = bare(getattr(torch, engine.precision))
-        work.update({name: flops for name, (flops, _) in others.items()})
-        ours = {"g_a": lambda: codec.g_a(x, rate), "g_s": lambda: codec.g_s(y_hat, rate)}
-        return by_turns({**ours, **{name: call for name, (_, call) in others.items()}})
+        calls: dict[str, tuple[float, Callable[[], object]]] = {
+            "g_a": (2e3 * macs.encoder * PIXELS, lambda: codec.g_a(x, rate)),
+            "g_s": (2e3 * macs.decoder * PIXELS, lambda: codec.g_s(y_hat, rate)),
+            **bare(getattr(torch, engine.precision)),
+        }
+        found: dict[str, float] = {}
+        for name, took in by_turns({name: call for name, (_, call) in calls.items()}).items():
+            kind = name.split()[0]
+            found[kind] = max(found.get(kind, 0), calls[name][0] / took / 1e9)
+        return found
 
-    found: dict[str, float] = {}
-    for name, took in engine.on_device(measured).items():
-        kind = name.split()[0]
-        found[kind] = max(found.get(kind, 0), work[name] / took / 1e9)
-    return found
+    return engine.on_device(measured)
 
 
 def exact(engine: Engine, photo: Photo) -> dict[str, float]:
