@@ -57,7 +57,7 @@ $(VENV)/run.stamp: pyproject.toml $(VENV)/torch.stamp
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
-	$(PIP) --editable '.[dev,evaluation,otel,ray,training]'
+	$(PIP) --editable '.[dev,evaluation,otel,ray]'
 	touch $@ $(VENV)/run.stamp
 
 $(VENV)/debian.stamp: tests/debian.sh | $(VENV)/bin/python

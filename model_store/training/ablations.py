@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -21,7 +21,6 @@ from torch import Tensor
 from model_store.evaluation.codecs import LimpidCodec
 from model_store.evaluation.conditions import degraded_photo, psnr, read_rgb
 from model_store.evaluation.report import Curve, bd_rate
-from model_store.training import loop
 from model_store.training.export import export
 from model_store.training.loop import Schedule, train
 from service.codec import exact, prior
@@ -69,24 +68,12 @@ def _float_prior() -> Iterator[None]:
         yield
 
 
-def _adam() -> AbstractContextManager[object]:
-    """AdamW in place of SOAP."""
-
-    def optimizer(model: TrainableCodec, schedule: Schedule) -> torch.optim.Optimizer:
-        groups = loop.learning_groups(model, schedule)
-        return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-
-    return mock.patch.object(loop, "new_optimizer", optimizer)
-
-
 @dataclass(frozen=True)
 class Variant:
-    """`prepare` changes the model, `around` what happens while it trains."""
-
     name: str
     prepare: Callable[[TrainableCodec], None] | None = None
-    around: Callable[[], AbstractContextManager[object]] = nullcontext
     warm: bool = True
+    quantised: bool = True
 
 
 VARIANTS = (
@@ -95,9 +82,8 @@ VARIANTS = (
     Variant("S-DA off", _silence("degradation")),
     Variant("cold start", warm=False),
     Variant("one pass (no context)", _without_context),
-    Variant("integers after training", around=_float_prior),
+    Variant("integers after training", quantised=False),
     Variant("noise instead of rounding", _with_noise),
-    Variant("AdamW", around=_adam),
 )
 
 
@@ -118,7 +104,7 @@ def _measure(codec: LimpidCodec, photos: Path) -> dict[str, Curve]:
 
 def _trained(variant: Variant, args: argparse.Namespace) -> Path:
     schedule = Schedule(args.minutes, lr=4e-4, prior_lr=1e-3, steady=0.4)
-    with variant.around():
+    with nullcontext() if variant.quantised else _float_prior():
         return train(
             photos=args.photos, run=args.run / variant.name.replace(" ", "-"), size="edge", schedule=schedule,
             batch=8, crop=128, seed=3, warm=variant.warm, prepare=variant.prepare, compile_blocks=args.minutes > 1,

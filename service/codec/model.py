@@ -94,15 +94,9 @@ class _Pass:
         return cls(mean, output.level, seen, mean + steps)
 
     def bits(self, training: bool, skipped: int) -> Tensor:
-        """Per photo, of the rounded latents; in training y and the means learn from it as if noise were in rounding's
-        place, which is smooth, and the levels from what is rounded (uniform noise overcharges the smallest scales).
-        """
-        scale = level_to_scale(self.level)
-        bits = gaussian_bits((self.y_hat - self.mean).detach(), scale)
-        if training:
-            noisy = gaussian_bits(self.y + torch.rand_like(self.y) - 0.5 - self.mean, scale.detach())
-            bits = bits + noisy - noisy.detach()
-        return (bits * (self.level > skipped)).sum(1)
+        """Per photo, with uniform noise in place of rounding where training."""
+        seen = self.y + torch.rand_like(self.y) - 0.5 if training else self.y_hat
+        return (gaussian_bits(seen - self.mean, level_to_scale(self.level)) * (self.level > skipped)).sum(1)
 
 
 class TrainableCodec(nn.Module):
@@ -144,9 +138,9 @@ class TrainableCodec(nn.Module):
     def code(self, x: Tensor, rate: Tensor) -> CodedLatents:
         """x: (B, 3, H, W) in [0, 1], H and W multiples of 16. rate: (B,) int64, indexes 0..7.
 
-        Rate and g_s see rounded latents; the rate of z is estimated with uniform noise in training mode. Which latents
-        are too certain to be coded counts in evaluation mode only: in training all are, so that none is cut off from
-        what it could learn.
+        The rate is estimated with uniform noise in training mode and with rounded values in evaluation mode; g_s sees
+        rounded latents in both. Which latents are too certain to be coded counts in evaluation mode only: in training
+        all are, so that none is cut off from what it could learn.
         """
         y = self.g_a(x, rate)
         with torch.autocast(y.device.type, enabled=False):

@@ -279,17 +279,6 @@ def test_a_run_with_other_lambdas_is_not_resumed(photos: Path, tmp_path: Path, m
         run(photos, tmp_path / "run", 4, monkeypatch)
 
 
-def test_a_run_of_another_optimizer_is_not_resumed(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = run(photos, tmp_path / "run", 2, monkeypatch)
-    state = torch.load(checkpoint, weights_only=True)
-    state["optimizer"] = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).state_dict()
-    torch.save(state, checkpoint)
-    with pytest.raises(ValueError, match="SOAP"):
-        run(photos, tmp_path / "run", 4, monkeypatch)
-
-
 def test_only_h_a_learns_to_hold_z_steady(photos: Path) -> None:
     torch.manual_seed(6)
     model = TrainableCodec(TINY).train()
