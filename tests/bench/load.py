@@ -307,8 +307,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--json", type=Path, default=result_file("load"))
     args = parser.parse_args()
-    report: Report = json.loads(args.json.read_text()) if args.json.exists() else {}
-    report |= {"machine": machine()}
+    earlier: Report = json.loads(args.json.read_text()) if args.json.exists() else {}
+    report: Report = {"machine": machine()} | {name: earlier[name] for name in PARTS if name in earlier}
     for name in args.only:
         PARTS[name](report)
     args.json.parent.mkdir(exist_ok=True)
