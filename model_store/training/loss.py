@@ -1,4 +1,4 @@
-"""What training minimises: balanced distortion at the lambda of each sample's rate point, plus bits per pixel."""
+"""What training minimises the logarithm of: balanced distortion at the lambda of each sample's rate point, plus bpp."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -277,6 +278,17 @@ def test_a_run_with_other_lambdas_is_not_resumed(photos: Path, tmp_path: Path, m
     torch.save(state, checkpoint)
     with pytest.raises(ValueError, match="lambda"):
         run(photos, tmp_path / "run", 4, monkeypatch)
+
+
+def test_a_batch_of_one_kind_spreads_over_the_rate_points(photos: Path) -> None:
+    pool = PhotoPool(photos, 64, CPU)
+    alike, mixed = (islice(Batches(pool, 4, 64, CPU, seed=1, alike=alike), 12) for alike in (True, False))
+    kinds = [set(data.kinds) for data in alike]
+    assert {len(one) for one in kinds} == {1}
+    assert len(set.union(*kinds)) > 3
+    assert max(len(set(data.kinds)) for data in mixed) > 2
+    (data,) = islice(Batches(pool, 4, 64, CPU, seed=2, alike=True), 1)
+    assert sorted((data.rate // 2).tolist()) == [0, 1, 2, 3]
 
 
 def test_only_h_a_learns_to_hold_z_steady(photos: Path) -> None:
