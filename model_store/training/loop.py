@@ -264,7 +264,7 @@ def train(
         if isinstance(out, CodecOutput):
             mse = (out.x_hat.float() - data.clean).square().mean((1, 2, 3))
             weight = rate_lambda(data.rate)
-            cost = bpp + weight * balanced_distortion(mse, weight)
+            cost = cost + weight * balanced_distortion(mse, weight)
         loss = cost.log().mean()  # a percent less counts the same at every rate point
         unsteadiness = _unsteadiness(model, out, data.rate)
         loss = loss + STEADY_WEIGHT * unsteadiness

@@ -287,7 +287,7 @@ def test_a_batch_of_one_kind_spreads_over_the_rate_points(photos: Path) -> None:
     assert {len(one) for one in kinds} == {1}
     assert len(set.union(*kinds)) > 3
     assert max(len(set(data.kinds)) for data in mixed) > 2
-    (data,) = islice(Batches(pool, 4, 64, CPU, seed=2, alike=True), 1)
+    data = next(iter(Batches(pool, 4, 64, CPU, seed=2, alike=True)))
     assert sorted((data.rate // 2).tolist()) == [0, 1, 2, 3]
 
 
