@@ -197,11 +197,3 @@ class Outliers:
             if np.abs(symbols[self.position]).max() > SYMBOL_LIMIT:
                 raise CorruptPayload(f"outliers: a symbol beyond +-{SYMBOL_LIMIT}")
         return symbols
-
-
-def concatenate(parts: list[Outliers], starts: list[int]) -> Outliers:
-    """Outliers of consecutive groups as one list over the whole stream."""
-    return Outliers(
-        np.concatenate([part.position + start for part, start in zip(parts, starts)]),
-        np.concatenate([part.excess for part in parts]),
-    )

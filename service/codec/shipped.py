@@ -36,7 +36,6 @@ from service.codec.rans import (
     GuardedTables,
     Outliers,
     Symbols,
-    concatenate,
 )
 from service.codec.report import ReportHead
 from service.codec.tables import Z_LIMIT, CdfTables
@@ -216,14 +215,15 @@ class ShippedCodec:
         features = self.prior.features(z_hat, rate, h, w)
         y = y.permute(0, 2, 3, 1)
         known = torch.zeros(y.shape, device=y.device)
-        passes = []
+        passes: list[list[tuple[Symbols, Symbols]]] = []
         changed, wide = torch.zeros(2, len(y), device=y.device)
         for index, part in enumerate(parts(h, w, self.prior.passes, y.device)):
             output = self.prior.speak(index, features, known, rate, part)
             symbols, *told = self._quantise(part.gathered(y), output)
             changed, wide = changed + told[0], wide + told[1]
             passes.append(_pairs(symbols, output.level))
-            known += part.placed(output.mean.add_(symbols, alpha=_UNIT), h, w)
+            if len(passes) < self.prior.passes:
+                known += part.placed(output.mean.add_(symbols, alpha=_UNIT), h, w)
         zs = [_numpy(z.flatten()) for z in z_hat]
         rounding = (changed / wide).sqrt_().masked_fill_(wide < ENOUGH, math.nan)
         return [LatentSymbols(*each) for each in zip(rate.tolist(), zs, zip(*passes))], rounding.tolist()
@@ -239,18 +239,15 @@ class ShippedCodec:
 
     def write(self, latents: LatentSymbols) -> Coded:
         """Entropy-code one photo."""
-        encoder, outliers, starts, start = Encoder(), [], [], 0
-        channels = self._z_channels(len(latents.z))
-        encoder.add(latents.z, channels, self.z_tables[latents.rate])
-        for symbols, levels in latents.passes:
-            coded = levels > self.config.skipped
-            symbols, levels = symbols[coded], levels[coded]
-            clipped = self.y_tables.clip(symbols, levels)
-            encoder.add(clipped, levels, self.y_tables)
-            outliers.append(Outliers.between(symbols, clipped))
-            starts.append(start)
-            start += len(symbols)
-        return Coded(encoder.finish(), concatenate(outliers, starts).to_bytes())
+        coded = [levels > self.config.skipped for _, levels in latents.passes]
+        symbols, levels = (
+            np.concatenate([one[chosen] for one, chosen in zip(each, coded)]) for each in zip(*latents.passes)
+        )
+        clipped = self.y_tables.clip(symbols, levels)
+        encoder = Encoder()
+        encoder.add(latents.z, self._z_channels(len(latents.z)), self.z_tables[latents.rate])
+        encoder.add(clipped, levels, self.y_tables)
+        return Coded(encoder.finish(), Outliers.between(symbols, clipped).to_bytes())
 
     def _z_channels(self, count: int) -> Symbols:
         return np.repeat(np.arange(self.config.hyper, dtype=np.int32), count // self.config.hyper)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.codec.rans import SYMBOL_LIMIT, CorruptPayload, Decoder, Encoder, GuardedTables, Outliers, concatenate
+from service.codec.rans import SYMBOL_LIMIT, CorruptPayload, Decoder, Encoder, GuardedTables, Outliers
 from service.codec.tables import SCALE_LEVELS, gaussian_tables, logistic_tables
 
 TABLES = GuardedTables(gaussian_tables())
@@ -85,7 +85,7 @@ def test_any_outlier_bytes_are_a_list_or_an_error(data: bytes) -> None:
 def test_clipped_symbols_are_restored_across_groups() -> None:
     symbols = [np.array([0, 500, 0, -900], np.int32), np.array([77, 0], np.int32)]
     clipped = [np.clip(group, -10, 10) for group in symbols]
-    listed = concatenate([Outliers.between(a, b) for a, b in zip(symbols, clipped)], [0, 4])
+    listed = Outliers.between(np.concatenate(symbols), np.concatenate(clipped))
     listed = Outliers.from_bytes(listed.to_bytes())
     assert listed.within(0, 4).apply(clipped[0]).tolist() == symbols[0].tolist()
     assert listed.within(4, 2).apply(clipped[1]).tolist() == symbols[1].tolist()
