@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model_store.training.loop import Batch, Batches
+from model_store.training.batches import Batch, Batches
 from model_store.training.photos import PhotoPool
 from service.codec.shipped import ShippedCodec
 from service.codec.tables import CdfTables, gaussian_tables

@@ -1,53 +1,33 @@
-"""The training loop: batches, steps, the running mean of the weights (EMA), checkpoints and the log of one run."""
+"""The training loop: steps over a budget of time, checkpoints and the log of one run."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor
 from tqdm import tqdm
 
-from model_store.degradations import TRAINING, Kind, degrade_measured
-from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
-from model_store.training.photos import PhotoPool, toned
+from model_store.degradations import Kind
+from model_store.training.batches import Batches
+from model_store.training.loss import LAMBDA_RANGE
+from model_store.training.photos import PhotoPool
+from model_store.training.step import FIGURES, Ema, Step
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import trained_lambdas, weights_to_start_from
-from service.codec.config import CONFIGS, RATE_POINTS
+from service.codec.blocks import HATB
+from service.codec.config import CONFIGS
 from service.codec.device import pick_device, transform_precision
-from service.codec.model import CodecOutput, CodedLatents, TrainableCodec
-
-KIND_SHARES: dict[Kind, float] = {
-    Kind.CLEAN: 0.24,
-    Kind.NOISE: 0.18,
-    Kind.SENSOR_NOISE: 0.12,
-    Kind.RAIN: 0.22,
-    Kind.SNOW: 0.08,
-    Kind.HAZE: 0.05,
-    Kind.LOW_LIGHT: 0.06,
-    Kind.BLUR: 0.02,
-    Kind.JPEG: 0.02,
-}
-"""How often each kind is drawn alone; what is left to 1 are mixtures of two."""
-
-UPLOAD_JPEG = 0.1
-"""Share of the degraded photos that arrive as JPEG besides, as gateways send them."""
-
-STEADY_WEIGHT, STEADY_NOISE = 0.5, 0.05
-"""z of the rounded latents, as a later generation sees them, shall be z of the latents: it decides their rounding.
-The weight is that of the mean squared distance between the two; the noise, in steps, is what g_s and g_a may lose."""
+from service.codec.model import TrainableCodec
 
 LOG_EVERY = 50
 CHECKPOINT_SECONDS = 180
 WARM_UP_STEPS = 200
-EMA_DECAY = 0.999
 
 
 @dataclass(frozen=True)
@@ -65,82 +45,6 @@ class Schedule:
         return min(1.0, (step + 1) / WARM_UP_STEPS) * decay
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Degraded photos, their clean originals, both (B, 3, H, W), the rate index of each, (B,), and what was done."""
-
-    degraded: Tensor
-    clean: Tensor
-    rate: Tensor
-    kinds: list[tuple[Kind, ...]]
-    harm: list[dict[Kind, float]]
-
-
-class Batches:
-    """Endless batches; all randomness comes from two generators whose state a checkpoint keeps.
-
-    Args:
-        alike: one kind per batch. A hazy photo's gradient is 13 times as long as a clean one's; of both in one batch,
-            clipped, next to nothing of the latter would be left.
-    """
-
-    def __init__(
-        self, pool: PhotoPool, size: int, crop: int, device: torch.device, seed: int,
-        shares: Mapping[Kind, float] = KIND_SHARES, alike: bool = False,
-    ) -> None:  # fmt: skip
-        self.pool, self.size, self.crop, self.device = pool, size, crop, device
-        self.shares, self.alike = shares, alike
-        self.choices = torch.Generator().manual_seed(seed)
-        self.damage = torch.Generator(device).manual_seed(seed + 1)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"choices": self.choices.get_state(), "damage": self.damage.get_state().cpu()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self.choices.set_state(state["choices"].cpu())
-        self.damage.set_state(state["damage"].cpu())
-
-    def _kinds(self) -> tuple[Kind, ...]:
-        kinds = self._camera_kinds()
-        sent_as_jpeg = float(torch.rand(1, generator=self.choices)) < UPLOAD_JPEG
-        return (*kinds, Kind.JPEG) if sent_as_jpeg and kinds != (Kind.CLEAN,) else kinds
-
-    def _camera_kinds(self) -> tuple[Kind, ...]:
-        single = list(self.shares)
-        shares = torch.tensor([*self.shares.values(), 1 - sum(self.shares.values())])
-        choice = int(torch.multinomial(shares, 1, generator=self.choices))
-        if choice < len(single):
-            return (single[choice],)
-        damaged = [kind for kind in single if kind is not Kind.CLEAN]
-        pair = torch.multinomial(torch.ones(len(damaged)), 2, generator=self.choices).tolist()
-        return tuple(damaged[index] for index in pair)
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            clean = toned(self.pool.crops(self.size, self.crop, self.choices), self.choices)
-            kinds = [self._kinds()] * self.size if self.alike else [self._kinds() for _ in range(self.size)]
-            # Stratified: every batch spreads over the rate points.
-            start = torch.rand(1, generator=self.choices)
-            spread = (torch.arange(self.size) + start) / self.size
-            rate = (spread * RATE_POINTS).long().clamp_max(RATE_POINTS - 1)
-            rate = rate[torch.randperm(self.size, generator=self.choices)].to(self.device)
-            degraded, harm = degrade_measured(clean, kinds, self.damage, TRAINING)
-            yield Batch(degraded, clean, rate, kinds, harm)
-
-
-class Ema:
-    """A running mean of the parameters; it is what ships."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.mean = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(EMA_DECAY, (step + 1) / (step + 10))
-        for name, value in model.state_dict().items():
-            self.mean[name].lerp_(value, 1 - decay)
-
-
 def _groups(model: TrainableCodec, schedule: Schedule) -> list[dict[str, object]]:
     prior = [*model.prior.parameters(), *model.z_prior.parameters(), *model.h_a.parameters()]
     known = set(map(id, prior))
@@ -148,13 +52,12 @@ def _groups(model: TrainableCodec, schedule: Schedule) -> list[dict[str, object]
     return [{"params": transforms, "base": schedule.lr}, {"params": prior, "base": schedule.prior_lr}]
 
 
-def _unsteadiness(model: TrainableCodec, out: CodedLatents, rate: Tensor) -> Tensor:
-    """The mean squared distance between z of y and z of y_hat, a little off. Only h_a learns from it."""
-    y_hat = out.y_hat.detach()
-    with torch.no_grad():
-        seen = [model.normalise(y, rate) for y in (out.y, y_hat + STEADY_NOISE * torch.randn_like(y_hat))]
-    first, again = (model.h_a(y) for y in seen)
-    return (first - again).square().mean()
+def _told(sums: Tensor, pictures: bool) -> dict[str, float]:
+    """A line of the log from a `Step`'s sums."""
+    line = dict(zip(FIGURES, sums.tolist()))
+    count, clean = line.pop("count"), line.pop("clean")
+    means = {name: value / ((clean or 1.0) if name.startswith("clean") else count) for name, value in line.items()}
+    return {name: value for name, value in means.items() if pictures or not name.endswith("psnr")}
 
 
 def train(
@@ -209,7 +112,10 @@ def train(
     for name in resting:
         model.get_parameter(name).requires_grad_(False)
     pictures = any(parameter.requires_grad for part in (model.g_a, model.g_s) for parameter in part.parameters())
-    optimizer = torch.optim.AdamW(_groups(model, schedule), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    captured = where.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        _groups(model, schedule), betas=(0.9, 0.98), weight_decay=0.01, fused=True, capturable=captured
+    )
     batches, ema = Batches(pool, batch, crop, where, seed, alike=True), Ema(model)
     step, seconds = 0, 0.0
     if path.exists():
@@ -224,15 +130,17 @@ def train(
         ema.mean = state["ema"]
         optimizer.load_state_dict(state["optimizer"])
         for group, base in zip(optimizer.param_groups, (schedule.lr, schedule.prior_lr)):
-            group["base"] = base
+            group["base"], group["capturable"] = base, captured
         batches.restore(state["random"])
         torch.set_rng_state(state["noise"].cpu())
         if where.type == "cuda":
             torch.cuda.set_rng_state(state["device_noise"].cpu(), where)
         step, seconds = state["step"], state["seconds"]
     if compile_blocks and halved:  # in float32 on a CPU, what is compiled is a sixth slower (measured with AVX2)
-        for stack in [*model.g_a.stacks, *model.g_s.stacks]:
-            stack.blocks.compile(dynamic=False)
+        for block in (module for module in model.modules() if isinstance(module, HATB)):
+            block.compile(dynamic=False)  # those of one width share what is compiled
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros((), device=where)  # where a captured step finds it
 
     def save() -> None:
         state = {
@@ -249,66 +157,28 @@ def train(
 
     log = (run / "log.jsonl").open("a")
     bar = tqdm(total=round(60 * schedule.minutes), initial=round(seconds), unit="s", dynamic_ncols=True, mininterval=1)
-    sums: dict[str, float] = {}
     last, saved = time.monotonic(), time.monotonic()
     model.train()
+    learn = Step(model, optimizer, pictures, halved)
     for data in batches:
         factor = schedule.factor(seconds, step)
         for group in optimizer.param_groups:
-            group["lr"] = group["base"] * factor
-        with torch.autocast(where.type, torch.bfloat16, enabled=halved):
-            out = model(data.degraded, data.rate) if pictures else model.code(data.degraded, data.rate)
-        pixels = crop * crop
-        bpp = (out.y_bits + out.z_bits) / pixels
-        cost = bpp
-        if isinstance(out, CodecOutput):
-            mse = (out.x_hat.float() - data.clean).square().mean((1, 2, 3))
-            weight = rate_lambda(data.rate)
-            cost = cost + weight * balanced_distortion(mse, weight)
-        loss = cost.log().mean()  # a percent less counts the same at every rate point
-        unsteadiness = _unsteadiness(model, out, data.rate)
-        loss = loss + STEADY_WEIGHT * unsteadiness
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = clip_grad_norm_(model.parameters(), 1.0)
-        finite = bool(torch.isfinite(norm))
-        if finite:  # a step with a broken gradient is dropped
-            optimizer.step()
-            ema.update(model, step)
+            group["lr"].fill_(group["base"] * factor)
+        clean = sum(kinds == (Kind.CLEAN,) for kinds in data.kinds)
+        learn(data.degraded, data.clean, data.rate, clean / batch)
+        ema.update(step)
         step += 1
-        clean = [index for index, kinds in enumerate(data.kinds) if kinds == (Kind.CLEAN,)]
-        values = {
-            "loss": float(loss.detach()),
-            "bpp": float(bpp.detach().mean()),
-            "z_bpp": float(out.z_bits.detach().mean()) / pixels,
-            "unsteadiness": float(unsteadiness.detach()),
-            "grad_norm": float(norm),
-            "dropped": float(not finite),
-            "count": 1.0,
-        }
-        if clean:
-            values["clean_bpp"] = float(bpp.detach()[clean].sum())
-            values["clean"] = float(len(clean))
-        if isinstance(out, CodecOutput):
-            psnr = -10 * mse.detach().clamp_min(1e-9).log10()
-            values["psnr"] = float(psnr.mean())
-            if clean:
-                values["clean_psnr"] = float(psnr[clean].sum())
-        for name, value in values.items():
-            if math.isfinite(value):
-                sums[name] = sums.get(name, 0.0) + value
         now = time.monotonic()
         seconds, last = seconds + min(now - last, 10.0), now  # a trainer stopped for a while has not trained
         bar.update(round(seconds) - bar.n)
         done = seconds >= 60 * schedule.minutes
         if done or step % LOG_EVERY == 0:
-            count, clean_count = sums.pop("count"), max(1.0, sums.pop("clean", 0.0))
-            line = {name: value / (clean_count if name.startswith("clean") else count) for name, value in sums.items()}
+            line = _told(learn.sums, pictures)
+            learn.sums.zero_()
             log.write(json.dumps({"step": step, "seconds": round(seconds), "lr": factor * schedule.lr, **line}) + "\n")
             log.flush()
             quality = f"  {line['psnr']:.2f} dB" if "psnr" in line else ""
             bar.set_description(f"step {step}  {line['bpp']:.3f} bpp{quality}", refresh=False)
-            sums = {}
         if done or now - saved > CHECKPOINT_SECONDS:
             save()
             saved = time.monotonic()

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model_store.degradations import Kind
-from model_store.training.loop import Batch, Batches
+from model_store.training.batches import Batch, Batches
 from model_store.training.photos import PhotoPool
 from model_store.training.weights import config_of, read_weights
 from service.codec.bitstream import DegradationKind

@@ -80,7 +80,7 @@ class CodecConfig:
 
 EDGE = CodecConfig("edge", stem=8, stages=(Stage(128, 3), Stage(192, 2)), passes=4, skipped=3)
 BASE = CodecConfig(  # `edge` with more blocks and a finer stage, so that it can start from what `edge` has learned
-    "base", stem=4, stages=(Stage(64, 2), Stage(128, 6), Stage(192, 3)), passes=4, skipped=3
+    "base", stem=4, stages=(Stage(64, 2), Stage(128, 8), Stage(192, 6)), passes=4, skipped=3
 )
 PAPER_S = CodecConfig(
     "paper-s",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +59,15 @@ def straight_round(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach() if torch.is_grad_enabled() and x.requires_grad else x.round()
 
 
-_POWERS = torch.tensor([math.ldexp(1.0, exponent) for exponent in range(-64, 65)], dtype=torch.float64)
+@lru_cache
+def _powers(device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([math.ldexp(1.0, exponent) for exponent in range(-64, 65)], dtype=dtype, device=device)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent for integers in [-64, 64], from a table: no library's exp2 promises to be exact."""
-    return _POWERS.to(exponent.device, exponent.dtype)[exponent.long() + 64]
+    return _powers(exponent.device, exponent.dtype)[exponent.long() + 64]
 
 
 def requantise(acc: Tensor, low: float, high: float) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,13 @@ class _Pass:
         return (gaussian_bits(seen - self.mean, level_to_scale(self.level)) * (self.level > skipped)).sum(1)
 
 
+@lru_cache(maxsize=2)
+def _parts(h: int, w: int, passes: int, device: torch.device) -> tuple[Part, ...]:
+    """Kept, since crops are of one size, and a step that is captured may not ask the device for indexes."""
+    with torch.inference_mode(False):
+        return parts(h, w, passes, device)
+
+
 class TrainableCodec(nn.Module):
     """All parameters of one model, for training; see the module's drawing.
 
@@ -151,7 +159,7 @@ class TrainableCodec(nn.Module):
             features = prior.features(z_hat, rate, h, w)
             skipped = -1 if self.training else self.config.skipped
             known, y_bits = y.new_zeros(()), y.new_zeros(len(y))
-            for index, part in enumerate(parts(h, w, prior.passes, y.device)):
+            for index, part in enumerate(_parts(h, w, prior.passes, y.device)):
                 one = _Pass.of(prior.speak(index, features, known * _UNIT, rate, part), part, y, skipped)
                 known = known + part.placed(one.y_hat, h, w)
                 y_bits = y_bits + one.bits(self.training, skipped)

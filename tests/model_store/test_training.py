@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from model_store.degradations import Kind
 from model_store.evaluation.report import Curve
 from model_store.training import held_out, loop
+from model_store.training import step as one_step
 from model_store.training.ablations import _silence
 from model_store.training.average import average
+from model_store.training.batches import Batches
 from model_store.training.curves import draw
 from model_store.training.export import export
 from model_store.training.frequencies import with_counted_tables
-from model_store.training.loop import Batches, Schedule, train
+from model_store.training.loop import Schedule, train
 from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool
 from model_store.training.recode import recode
@@ -91,14 +93,14 @@ def run(
     monkeypatch.setitem(CONFIGS, "tiny", config)
     if crash_at is not None:
         calls = iter(range(10**6))
-        original = loop.balanced_distortion
+        original = one_step.balanced_distortion
 
         def failing(mse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             if next(calls) == crash_at:
                 raise KeyboardInterrupt
             return original(mse, weight)
 
-        monkeypatch.setattr(loop, "balanced_distortion", failing)
+        monkeypatch.setattr(one_step, "balanced_distortion", failing)
     schedule = Schedule(minutes=steps / 60, lr=1e-3, prior_lr=1e-3, steady=0.5)
     try:
         return train(
@@ -299,7 +301,7 @@ def test_only_h_a_learns_to_hold_z_steady(photos: Path) -> None:
 
     def unsteadiness() -> torch.Tensor:
         torch.manual_seed(7)
-        return loop._unsteadiness(model, out, data.rate)
+        return one_step._unsteadiness(model, out, data.rate)
 
     before = unsteadiness()
     before.backward()

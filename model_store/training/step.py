@@ -1,0 +1,130 @@
+"""One step of training: loss, gradient, update, running mean (EMA), and figures of it for the log.
+
+On a GPU the step is captured once and replayed (CUDA graphs): the thousands of small kernels of the entropy model would
+otherwise wait for Python.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from model_store.training.loss import balanced_distortion, rate_lambda
+from service.codec.model import CodecOutput, CodedLatents, TrainableCodec
+
+STEADY_WEIGHT, STEADY_NOISE = 0.5, 0.05
+"""z of the rounded latents, as a later generation sees them, shall be z of the latents: it decides their rounding.
+The weight is that of the mean squared distance between the two; the noise, in steps, is what g_s and g_a may lose."""
+
+EMA_DECAY = 0.999
+
+FIGURES = (
+    "loss", "bpp", "z_bpp", "unsteadiness", "grad_norm", "dropped", "psnr", "clean_bpp", "clean_psnr", "clean", "count"
+)  # fmt: skip
+"""Of a step, each a mean over its photos; `clean_...` only where these are clean, `clean` and `count` then add up."""
+
+_GRAPH_WARM_UP, _GRAPHS_AHEAD = 3, 2
+
+
+class Ema:
+    """A running mean of the parameters; it is what ships."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._live = model.state_dict()
+        self.mean = {name: value.detach().clone() for name, value in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(EMA_DECAY, (step + 1) / (step + 10))
+        torch._foreach_lerp_([self.mean[name] for name in self._live], list(self._live.values()), 1 - decay)
+
+
+def _unsteadiness(model: TrainableCodec, out: CodedLatents, rate: Tensor) -> Tensor:
+    """The mean squared distance between z of y and z of y_hat, a little off. Only h_a learns from it."""
+    y_hat = out.y_hat.detach()
+    with torch.no_grad():
+        seen = [model.normalise(y, rate) for y in (out.y, y_hat + STEADY_NOISE * torch.randn_like(y_hat))]
+    first, again = (model.h_a(y) for y in seen)
+    return (first - again).square().mean()
+
+
+class Step:
+    """Steps of one model, all on batches of one shape.
+
+    Args:
+        pictures: whether g_a or g_s learns; else the entropy model learns alone, in a fraction of the time.
+        halved: bfloat16 autocast.
+
+    Attributes:
+        sums: (len(FIGURES),), of the steps since it was last zeroed.
+    """
+
+    def __init__(self, model: TrainableCodec, optimizer: torch.optim.Optimizer, pictures: bool, halved: bool) -> None:
+        self.model, self.optimizer, self.pictures, self.halved = model, optimizer, pictures, halved
+        self.device = next(model.parameters()).device
+        self.sums = torch.zeros(len(FIGURES), device=self.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._under_way: deque[torch.cuda.Event] = deque()
+
+    def __call__(self, degraded: Tensor, clean: Tensor, rate: Tensor, clean_share: float) -> None:
+        """Photos (B, 3, H, W), their originals, the rate index of each (B,), and how many of them are clean."""
+        if self.device.type != "cuda":
+            self._run(degraded, clean, rate, torch.tensor(clean_share))
+            return
+        if not self._graph:
+            self._inputs = degraded.clone(), clean.clone(), rate.clone(), torch.tensor(clean_share, device=self.device)
+            self._graph = self._captured()
+        for held, new in zip(self._inputs, (degraded, clean, rate)):
+            held.copy_(new)
+        self._inputs[3].fill_(clean_share)
+        self._graph.replay()
+        self._under_way.append(torch.cuda.Event())
+        self._under_way[-1].record()
+        if len(self._under_way) > _GRAPHS_AHEAD:
+            self._under_way.popleft().synchronize()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(_GRAPH_WARM_UP):
+                self._run(*self._inputs)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        self.sums.zero_()
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            self._run(*self._inputs)
+        return graph
+
+    def _run(self, degraded: Tensor, clean: Tensor, rate: Tensor, clean_share: Tensor) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.halved, cache_enabled=False):
+            out = self.model(degraded, rate) if self.pictures else self.model.code(degraded, rate)
+        pixels = degraded.shape[2] * degraded.shape[3]
+        bpp = (out.y_bits + out.z_bits) / pixels
+        cost, psnr = bpp, torch.zeros_like(bpp)
+        if isinstance(out, CodecOutput):
+            mse = (out.x_hat.float() - clean).square().mean((1, 2, 3))
+            weight = rate_lambda(rate)
+            cost = cost + weight * balanced_distortion(mse, weight)
+            psnr = -10 * mse.detach().clamp_min(1e-9).log10()
+        unsteadiness = _unsteadiness(self.model, out, rate)
+        loss = cost.log().mean() + STEADY_WEIGHT * unsteadiness  # a percent less counts the same at every rate point
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = clip_grad_norm_(self.model.parameters(), 1.0)
+        dropped = (~norm.isfinite()).float()
+        self.optimizer.found_inf = dropped  # type: ignore[attr-defined]  # as a GradScaler does: no update then
+        self.optimizer.step()
+        with torch.no_grad():
+            mean_bpp, mean_psnr = bpp.mean(), psnr.mean()
+            figures = (
+                loss, mean_bpp, out.z_bits.mean() / pixels, unsteadiness, norm, dropped, mean_psnr,
+                mean_bpp * clean_share, mean_psnr * clean_share, clean_share, torch.ones_like(dropped),
+            )  # fmt: skip
+            seen = torch.stack(figures)
+            self.sums += torch.where(seen.isfinite(), seen, 0)
