@@ -39,7 +39,7 @@ def main() -> None:
         crop=args.crop,
         seed=args.seed,
         device=args.device,
-        compile_blocks=not args.no_compile,
+        compiled=not args.no_compile,
         start_from=args.start_from,
         only=args.only,
     )

@@ -107,7 +107,7 @@ def _trained(variant: Variant, args: argparse.Namespace) -> Path:
     with nullcontext() if variant.quantised else _float_prior():
         return train(
             photos=args.photos, run=args.run / variant.name.replace(" ", "-"), size="edge", schedule=schedule,
-            batch=8, crop=128, seed=3, warm=variant.warm, prepare=variant.prepare, compile_blocks=args.minutes > 1,
+            batch=8, crop=128, seed=3, warm=variant.warm, prepare=variant.prepare, compiled=args.minutes > 1,
         )  # fmt: skip
 
 

@@ -56,7 +56,8 @@ class Batches:
         self.shares, self.alike = shares, alike
         self.choices = torch.Generator().manual_seed(seed)
         self.damage = torch.Generator(device).manual_seed(seed + 1)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(device))
 

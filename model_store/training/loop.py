@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from model_store.degradations import Kind
 from model_store.training.batches import Batches
+from model_store.training.compiled import compile_blocks, compile_prior
 from model_store.training.loss import LAMBDA_RANGE
 from model_store.training.photos import PhotoPool
 from model_store.training.step import FIGURES, Ema, Step
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import trained_lambdas, weights_to_start_from
-from service.codec.blocks import HATB
 from service.codec.config import CONFIGS
 from service.codec.device import pick_device, transform_precision
 from service.codec.model import TrainableCodec
@@ -70,7 +70,7 @@ def train(
     crop: int,
     seed: int,
     device: str | None = None,
-    compile_blocks: bool = True,
+    compiled: bool = True,
     start_from: Path | None = None,
     warm: bool = True,
     only: str = "",
@@ -136,9 +136,10 @@ def train(
         if where.type == "cuda":
             torch.cuda.set_rng_state(state["device_noise"].cpu(), where)
         step, seconds = state["step"], state["seconds"]
-    if compile_blocks and halved:  # in float32 on a CPU, what is compiled is a sixth slower (measured with AVX2)
-        for block in (module for module in model.modules() if isinstance(module, HATB)):
-            block.compile(dynamic=False)  # those of one width share what is compiled
+    if compiled and halved:  # in float32 on a CPU, what is compiled is a sixth slower (measured with AVX2)
+        compile_blocks(model)
+        if captured:
+            compile_prior(model)
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros((), device=where)  # where a captured step finds it
 

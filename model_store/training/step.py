@@ -82,13 +82,13 @@ class Step:
             held.copy_(new)
         self._inputs[3].fill_(clean_share)
         self._graph.replay()
-        self._under_way.append(torch.cuda.Event())
+        self._under_way.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
         self._under_way[-1].record()
         if len(self._under_way) > _GRAPHS_AHEAD:
             self._under_way.popleft().synchronize()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream(self.device)
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(_GRAPH_WARM_UP):

@@ -13,9 +13,7 @@ Activations are fixed point with `FRACTION` fractional bits unless a layer says 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -59,15 +57,11 @@ def straight_round(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach() if torch.is_grad_enabled() and x.requires_grad else x.round()
 
 
-@lru_cache
-def _powers(device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor([math.ldexp(1.0, exponent) for exponent in range(-64, 65)], dtype=dtype, device=device)
-
-
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent for integers in [-64, 64], from a table: no library's exp2 promises to be exact."""
-    return _powers(exponent.device, exponent.dtype)[exponent.long() + 64]
+    """2^exponent for integers in [-64, 64], from its bits (IEEE 754): no library's exp2 promises to be exact."""
+    if exponent.dtype == torch.float64:
+        return ((exponent.long() + 1023) << 52).view(torch.float64)
+    return ((exponent.int() + 127) << 23).view(torch.float32)
 
 
 def requantise(acc: Tensor, low: float, high: float) -> Tensor:

@@ -105,7 +105,7 @@ def run(
     try:
         return train(
             photos=photos, run=folder, size="tiny", schedule=schedule, batch=2, crop=64, seed=1, device="cpu",
-            compile_blocks=False, **options,
+            compiled=False, **options,
         )  # fmt: skip
     finally:
         monkeypatch.undo()
