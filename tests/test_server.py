@@ -46,8 +46,9 @@ def test_sigterm_loses_no_admitted_request_and_exits_with_0(parrots: Photo) -> N
             while metric(base, 'limpid_requests_in_progress{operation="compress"}') < 12:
                 assert time.monotonic() < deadline
             process.send_signal(signal.SIGTERM)
-            time.sleep(0.15)
-            refused = httpx2.get(f"{base}/readyz")
+            deadline = time.monotonic() + 5  # under load it takes a moment until the signal is handled
+            while (refused := httpx2.get(f"{base}/readyz")).status_code == 200 and time.monotonic() < deadline:
+                time.sleep(0.05)
             assert refused.status_code == 503
             assert refused.json()["type"] == "urn:limpid:problem:draining"
             answers = [post.result() for post in posts]
