@@ -24,7 +24,7 @@ EMA_DECAY = 0.999
 FIGURES = (
     "loss", "bpp", "z_bpp", "unsteadiness", "grad_norm", "dropped", "psnr", "clean_bpp", "clean_psnr", "clean", "count"
 )  # fmt: skip
-"""Of a step, each a mean over its photos; `clean_...` only where these are clean, `clean` and `count` then add up."""
+"""Of a step, each a mean over its photos; `clean_...` times the share `clean` of those that are, `count` is one."""
 
 _GRAPH_WARM_UP, _GRAPHS_AHEAD = 3, 2
 
@@ -71,7 +71,7 @@ class Step:
         self._under_way: deque[torch.cuda.Event] = deque()
 
     def __call__(self, degraded: Tensor, clean: Tensor, rate: Tensor, clean_share: float) -> None:
-        """Photos (B, 3, H, W), their originals, the rate index of each (B,), and how many of them are clean."""
+        """Photos (B, 3, H, W), their originals, the rate index of each (B,), and the share of them that is clean."""
         if self.device.type != "cuda":
             self._run(degraded, clean, rate, torch.tensor(clean_share))
             return
