@@ -1,11 +1,12 @@
-"""An example of a camera gateway: frames of a camera or a folder, compressed within a byte budget, none lost.
+"""An example of a camera gateway: frames of a camera or a folder, compressed at a rate or within a budget, none lost.
 
     python -m deploy.gateway FRAMES OUT --url http://limpid:8000 --max-bytes 40000 --camera http://cam/stream.mjpg
 
 A frame lies whole in the folder FRAMES before anything else happens to it, and leaves it only when its bitstream lies
 whole in OUT. So neither a restart of the service nor one of this gateway loses a frame: what is in FRAMES and not in
 OUT is still to do. Without --camera, another program (an FTP server, say) puts the frames there, and they stay there
-unless --delete is given. A frame that the service refuses goes to OUT/refused with the reason beside it.
+unless --delete is given. A frame that the service refuses goes to OUT/refused with the reason beside it. What is not
+the frame's fault (a wrong key or address, no answer in time) is logged, and the frame tried again.
 """
 
 from __future__ import annotations
@@ -18,21 +19,36 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
+from email.message import Message
 from pathlib import Path
+from typing import TypedDict
 
 import httpx
 
-from service.client import AsyncClient, LimpidError, Policy, RequestRefused, Unauthorized
-from service.files import write_whole
+from service.client import AsyncClient, LimpidError, Policy, RequestRefused
+from service.files import PHOTO_ENDINGS, write_whole
 
 log = logging.getLogger("gateway")
 
-ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif"})
 LARGEST_FRAME = 2**26
 """Bytes; a camera that sends more without a boundary is asked anew."""
 
-PATIENCE = Policy(deadline=30, attempts=1000)
-"""Of one call; the gateway then takes the frame up again."""
+ATTEMPTS = 1000
+"""Of one call, within its deadline; the gateway then takes the frame up again."""
+
+PAUSE = 5.0
+"""Seconds before a frame is tried again that failed without being to blame."""
+
+BLAMELESS = frozenset({"invalid-api-key", "not-found", "malformed-request", "unexpected-answer"})
+"""What the service, or something before it, says when the gateway is set up wrongly."""
+
+
+class Goal(TypedDict, total=False):
+    """What `AsyncClient.compress` is asked for: one of these, or none for the service's own rate point."""
+
+    rate: int | None
+    max_bytes: int | None
+    target_bpp: float | None
 
 
 async def camera_frames(url: str, every: float) -> AsyncIterator[bytes]:
@@ -60,8 +76,16 @@ async def camera_frames(url: str, every: float) -> AsyncIterator[bytes]:
 
 
 def boundary(content_type: str) -> bytes:
-    """The line between the parts of a `multipart/x-mixed-replace` body."""
-    name = content_type.partition("boundary=")[2].partition(";")[0].strip().strip('"')
+    """The line between the parts of a `multipart/x-mixed-replace` body.
+
+    Raises:
+        httpx.RemoteProtocolError: the header names none.
+    """
+    header = Message()
+    header["Content-Type"] = content_type
+    name = header.get_boundary()
+    if not name:
+        raise httpx.RemoteProtocolError(f"expected a boundary in {content_type!r}")
     return b"--" + name.removeprefix("--").encode()
 
 
@@ -86,10 +110,8 @@ async def parts(chunks: AsyncIterator[bytes], between: bytes) -> AsyncIterator[b
 class Gateway:
     """Sends what lies in `frames` and has no result in `out` yet, oldest name first, `at_once` frames at a time."""
 
-    def __init__(
-        self, limpid: AsyncClient, frames: Path, out: Path, max_bytes: int, at_once: int, delete: bool
-    ) -> None:
-        self.limpid, self.frames, self.out, self.max_bytes, self.delete = limpid, frames, out, max_bytes, delete
+    def __init__(self, limpid: AsyncClient, frames: Path, out: Path, goal: Goal, at_once: int, delete: bool) -> None:
+        self.limpid, self.frames, self.out, self.goal, self.delete = limpid, frames, out, goal, delete
         self.refused = out / "refused"
         self.refused.mkdir(parents=True, exist_ok=True)
         frames.mkdir(parents=True, exist_ok=True)
@@ -124,7 +146,7 @@ class Gateway:
         found = []
         seen: dict[str, tuple[int, int]] = {}
         for path in sorted(self.frames.iterdir()):
-            if path.suffix.lower() not in ENDINGS or path.name.startswith(".") or path.name in self._under_way:
+            if path.suffix.lower() not in PHOTO_ENDINGS or path.name.startswith(".") or path.name in self._under_way:
                 continue
             if any(result.exists() for result in self._results(path)):
                 continue
@@ -163,29 +185,31 @@ class Gateway:
 
     async def _send(self, path: Path) -> None:
         try:
-            done = await self.limpid.compress(path, max_bytes=self.max_bytes)
+            done = await self.limpid.compress(path, **self.goal)
             await asyncio.to_thread(write_whole, self._result(path), done.bitstream)
             said = {"frame": path.name, "bytes": len(done.bitstream), "rate": done.rate, "found": done.degradations}
             log.info(json.dumps(said))
             if self.delete:
                 path.unlink()
-        except Unauthorized as error:  # the frame is not to blame
-            log.error("%s: %s", path.name, error)
-            await asyncio.sleep(5)
-        except RequestRefused as error:
-            log.error("%s is refused: %s", path.name, error)
-            await asyncio.to_thread(write_whole, self.refused / f"{path.name}.txt", f"{error}\n".encode())
-            await asyncio.to_thread(write_whole, self.refused / path.name, path.read_bytes())
-            if self.delete:
-                path.unlink()
         except LimpidError as error:
-            log.warning("%s waits: %s", path.name, error)
+            if isinstance(error, RequestRefused) and error.kind not in BLAMELESS:
+                log.error("%s is refused: %s", path.name, error)
+                await self._refuse(path, f"{error}\n")
+            else:
+                log.warning("%s waits: %s", path.name, error)
+                await asyncio.sleep(PAUSE)
         except OSError as error:
             log.error("%s: %s", path.name, error)
             await asyncio.sleep(1)
         finally:
             del self._under_way[path.name]
             self._room.release()
+
+    async def _refuse(self, path: Path, reason: str) -> None:
+        await asyncio.to_thread(write_whole, self.refused / f"{path.name}.txt", reason.encode())
+        await asyncio.to_thread(write_whole, self.refused / path.name, path.read_bytes())
+        if self.delete:
+            path.unlink()
 
 
 async def _film(url: str, every: float, frames: Path, max_waiting: int) -> None:
@@ -204,9 +228,11 @@ async def _main(args: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with AsyncClient(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), PATIENCE) as limpid:
+    goal = Goal(rate=args.rate, max_bytes=args.max_bytes, target_bpp=args.target_bpp)
+    patience = Policy(deadline=args.deadline, attempts=ATTEMPTS)
+    async with AsyncClient(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), patience) as limpid:
         delete = args.delete or bool(args.camera)
-        gateway = Gateway(limpid, args.frames, args.out, args.max_bytes, args.at_once, delete)
+        gateway = Gateway(limpid, args.frames, args.out, goal, args.at_once, delete)
         camera = None
         if args.camera:
             camera = asyncio.create_task(_film(args.camera, args.every, args.frames, args.max_waiting))
@@ -225,7 +251,11 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the bitstreams")
     parser.add_argument("--url", required=True, help="the service")
     parser.add_argument("--api-key", help="where the service wants one, else LIMPID_API_KEY")
-    parser.add_argument("--max-bytes", type=int, default=40_000, help="budget of one frame")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--rate", type=int, help="rate point of every frame, 1 to 8")
+    size.add_argument("--max-bytes", type=int, help="budget of one frame; takes about three times as long as a rate")
+    size.add_argument("--target-bpp", type=float, help="the same in bits per pixel")
+    parser.add_argument("--deadline", type=float, default=60, help="seconds that a frame may take")
     parser.add_argument("--at-once", type=int, default=4, help="frames under way at a time")
     parser.add_argument(
         "--camera", metavar="URL", help="an MJPEG stream or a JPEG snapshot; its frames are then deleted"

@@ -1,28 +1,42 @@
-"""Which rate points to try for a budget of bytes. Pure; relies on sizes that grow with the rate point."""
+"""Which rate point to try next for a budget of bytes. Pure; relies on sizes that grow with the rate point."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from service.codec.config import RATE_POINTS
 
 DEFAULT_RATE = 4
-"""The rate point of a request that states neither a rate nor a budget."""
+"""The rate point of a request that states neither a rate nor a budget, and the first that is tried for a budget."""
+
+_GROWTH = 0.30
+"""Of the logarithm of a photo's bytes from one rate point to the next, on Kodak."""
 
 
 class UnmeetableBudget(ValueError):
     """Not even the smallest rate point fits."""
 
 
-def rates_to_try(sizes: Mapping[int, int], budget: int) -> list[int]:
-    """The rate points to encode next, given the bytes of those encoded so far; empty when nothing is left to learn.
+def next_rate(sizes: Mapping[int, int], budget: int) -> int | None:
+    """The rate point to encode next, given the bytes of those encoded so far; None when nothing is left to learn.
 
-    Every second rate point goes first, together; then the one above the best that fitted: two passes at most.
+    Each try is where the sizes so far, their logarithm a line over the rate point, put the last one that fits. It ends
+    with one that fits next to one that does not, mostly after three encodings.
     """
     if not sizes:
-        return list(range(2, RATE_POINTS + 1, 2))
-    after = 1 + max((rate for rate, size in sizes.items() if size <= budget), default=0)
-    return [] if after > RATE_POINTS or after in sizes else [after]
+        return DEFAULT_RATE
+    low = max((rate for rate, size in sizes.items() if size <= budget), default=0)
+    high = min((rate for rate, size in sizes.items() if size > budget and rate > low), default=RATE_POINTS + 1)
+    if high - low == 1:
+        return None
+    wanted = math.log(max(1, budget))
+    near = sorted(sizes, key=lambda rate: abs(math.log(sizes[rate]) - wanted))[:2]
+    growth = _GROWTH
+    if len(near) == 2:
+        growth = max(0.01, math.log(sizes[near[0]] / sizes[near[1]]) / (near[0] - near[1]))
+    guess = near[0] + (wanted - math.log(sizes[near[0]])) / growth
+    return math.floor(min(max(guess, low + 1), high - 1))
 
 
 def best_rate(sizes: Mapping[int, int], budget: int) -> int:

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from service.client import Client, LimpidError
-from service.files import Pair, pair_up, sources, write_whole
+from service.files import PHOTO_ENDINGS, Pair, pair_up, sources, write_whole
 from service.imaging import OutputFormat
 from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.local import Local
 
-PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp")
 ERRORS = (ValueError, OSError, MemoryError, LimpidError)
 LOCAL_AT_ONCE, REMOTE_AT_ONCE = 2, 8
 PATIENCE = 1.0
@@ -108,7 +107,7 @@ def _words(error: BaseException) -> str:
 
 
 def _compress(args: argparse.Namespace, settings: Settings) -> int:
-    pairs = pair_up(args.inputs, args.output, takes=PHOTOS, gives=".lmp")
+    pairs = pair_up(args.inputs, args.output, takes=PHOTO_ENDINGS, gives=".lmp")
     with closing(_codec(args, settings)) as codec:
 
         def work(data: bytes, _: Path) -> tuple[bytes, str]:

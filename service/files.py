@@ -11,6 +11,9 @@ from pathlib import Path
 PIPE = "-"
 """Standard input or output in place of a file's name."""
 
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp")
+"""Of the files in a folder that are taken for photos."""
+
 
 def write_whole(path: Path, data: bytes, *, overwrite: bool = True) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part, whatever happens meanwhile.

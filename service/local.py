@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from service.budget import DEFAULT_RATE, best_rate, budget_bytes, rates_to_try
+from service.budget import DEFAULT_RATE, best_rate, budget_bytes, next_rate
 from service.client import Compressed, Restored
 from service.codec.bitstream import Bitstream
 from service.engine import EncodeJob, Engine, Model, StageTimes
@@ -23,7 +23,7 @@ class Local:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._engine = Engine(ModelStore(settings.store), settings.device, settings.precision)
+        self._engine = Engine(ModelStore(settings.store), settings.device, settings.precision, settings.threads)
         self._tell: Callable[[int, int], None] = lambda done, total: None
         self._done = self._total = 0
 
@@ -64,12 +64,11 @@ class Local:
         count, times = pixels.shape[0] * pixels.shape[1], StageTimes()
         budget = budget_bytes(max_bytes, target_bpp, count)
         tried: dict[int, Bitstream] = {}
-        wanted = [rate or DEFAULT_RATE] if budget is None else rates_to_try({}, budget)
+        wanted = rate or DEFAULT_RATE if budget is None else next_rate({}, budget)
         while wanted:
-            self._expect(self._engine.model(model), len(wanted))
-            for one in wanted:
-                (tried[one],) = self._engine.encode([EncodeJob(pixels, one, model)], times)
-            wanted = [] if budget is None else rates_to_try(_sizes(tried), budget)
+            self._expect(self._engine.model(model), 1)
+            (tried[wanted],) = self._engine.encode([EncodeJob(pixels, wanted, model)], times)
+            wanted = None if budget is None else next_rate(_sizes(tried), budget)
         chosen = next(iter(tried)) if budget is None else best_rate(_sizes(tried), budget)
         data = tried[chosen].to_bytes()
         return Compressed(data, bpp=8 * len(data) / count, **self._common(tried[chosen], times))

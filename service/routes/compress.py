@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request, Response
 
-from service.budget import DEFAULT_RATE, best_rate, budget_bytes, rates_to_try
+from service.budget import DEFAULT_RATE, best_rate, budget_bytes, next_rate
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.codec.config import RATE_POINTS
 from service.codec.shipped import latent_size, padded_pixels
@@ -80,32 +79,25 @@ def degradation_header(stream: Bitstream) -> str:
     return ", ".join(f"{d.kind.label};{d.strength:.2f}" for d in stream.degradations) or UNKNOWN
 
 
-async def _encode(call: Exchange, job: EncodeJob, sharing: int = 1) -> Bitstream:
-    """One rate point of a photo whose memory so many jobs share."""
+async def _encode(call: Exchange, job: EncodeJob) -> Bitstream:
     height, width = job.photo.shape[:2]
     key = ("compress", job.model, latent_size(height, width))
-    stream = await call.submit(job, key, pixels=padded_pixels(height, width), bytes=job.photo.nbytes // sharing)
+    stream = await call.submit(job, key, pixels=padded_pixels(height, width), bytes=job.photo.nbytes)
     return cast(Bitstream, stream)
 
 
 async def _within(budget: int, call: Exchange, photo: Photo, model: str) -> tuple[Bitstream, bytes]:
-    """The best rate point that fits `budget` bytes, in two device passes; each pass rides one batch.
+    """The best rate point that fits `budget` bytes.
 
     Raises:
         UnmeetableBudget: even rate point 1 does not fit.
     """
-    tried: dict[int, Bitstream] = {}
+    streams: dict[int, Bitstream] = {}
     bodies: dict[int, bytes] = {}
     sizes: dict[int, int] = {}
-    while wanted := rates_to_try(sizes, budget):
-        tasks = [asyncio.create_task(_encode(call, EncodeJob(photo, rate, model), len(wanted))) for rate in wanted]
-        try:
-            streams = await asyncio.gather(*tasks)
-        finally:  # one that failed fails the request: the others are not wanted any more
-            for task in tasks:
-                task.cancel()
-        for stream in streams:
-            tried[stream.rate], bodies[stream.rate] = stream, stream.to_bytes()
-        sizes = {rate: len(body) for rate, body in bodies.items()}
+    while rate := next_rate(sizes, budget):
+        streams[rate] = await _encode(call, EncodeJob(photo, rate, model))
+        bodies[rate] = streams[rate].to_bytes()
+        sizes[rate] = len(bodies[rate])
     best = best_rate(sizes, budget)
-    return tried[best], bodies[best]
+    return streams[best], bodies[best]

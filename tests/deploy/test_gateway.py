@@ -134,7 +134,7 @@ def test_it_stops_at_once_while_frames_wait_for_a_service_that_is_silent(tmp_pat
         async with AsyncClient("http://127.0.0.1:9") as limpid:
             limpid.compress = silence  # type: ignore[assignment, method-assign]
             stop = asyncio.Event()
-            work = asyncio.create_task(Gateway(limpid, tmp_path, tmp_path / "out", BUDGET, 1, False).run(stop, 0.05))
+            work = asyncio.create_task(Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False).run(stop, 0.05))
             await asyncio.sleep(0.3)
             stop.set()
             start = time.monotonic()
@@ -156,7 +156,7 @@ def test_a_frame_that_has_its_result_goes_if_the_last_stop_left_it(tmp_path: Pat
 
     async def waiting(delete: bool) -> list[Path]:
         async with AsyncClient("http://127.0.0.1:9") as limpid:
-            return Gateway(limpid, tmp_path, out, BUDGET, 1, delete).waiting()
+            return Gateway(limpid, tmp_path, out, {}, 1, delete).waiting()
 
     assert asyncio.run(waiting(delete=False)) == []
     assert len(list(tmp_path.glob("*.jpg"))) == 2
@@ -174,7 +174,7 @@ def test_a_frame_that_came_after_the_result_of_its_name_stays(tmp_path: Path) ->
 
     async def start() -> None:
         async with AsyncClient("http://127.0.0.1:9") as limpid:
-            Gateway(limpid, tmp_path, out, BUDGET, 1, True)
+            Gateway(limpid, tmp_path, out, {}, 1, True)
 
     asyncio.run(start())
     assert (tmp_path / "a.jpg").exists()
@@ -194,6 +194,42 @@ def test_a_stream_is_cut_into_its_parts_however_it_arrives(size: int) -> None:
         return [part async for part in parts(chunks(), boundary('multipart/x-mixed-replace; boundary="--x y"'))]
 
     assert asyncio.run(all_parts()) == [b"one", b"two\r\n"]
+
+
+def test_a_stream_that_names_no_boundary_is_not_cut() -> None:
+    assert boundary("multipart/x-mixed-replace;Boundary=abc") == b"--abc"
+    with pytest.raises(httpx.RemoteProtocolError, match="boundary"):
+        boundary("multipart/x-mixed-replace")
+
+
+@pytest.mark.parametrize(
+    ("status", "slug", "refused"),
+    [(404, "not-found", False), (400, "malformed-request", False), (504, "deadline-exceeded", False),
+     (422, "corrupt-image", True)],
+)  # fmt: skip
+def test_only_what_the_frame_is_to_blame_for_refuses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, slug: str, refused: bool
+) -> None:
+    monkeypatch.setattr("deploy.gateway.PAUSE", 0.01)
+    (tmp_path / "a.TIF").write_bytes(b"frame")
+    calls = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal calls
+        calls += 1
+        return httpx.Response(status, json={"type": f"urn:limpid:problem:{slug}", "detail": "said so"})
+
+    async def work() -> None:
+        async with AsyncClient("http://x", transport=httpx.MockTransport(answer)) as limpid:
+            stop = asyncio.Event()
+            work = asyncio.create_task(Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False).run(stop, 0.01))
+            await asyncio.sleep(0.5)
+            stop.set()
+            await work
+
+    asyncio.run(work())
+    assert (tmp_path / "out/refused/a.TIF").exists() is refused
+    assert (calls == 1) is refused
 
 
 def test_a_part_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
