@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -39,9 +38,7 @@ log = logging.getLogger("limpid")
 
 
 def _load(settings: Settings) -> Engine:
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    engine = Engine(ModelStore(settings.store), settings.device, settings.precision)
+    engine = Engine(ModelStore(settings.store), settings.device, settings.precision, settings.threads)
     engine.warm_up()
     return engine
 
@@ -74,7 +71,7 @@ async def _bring_up(service: Service) -> None:
         service.failure = f"the models could not be loaded: {error}"
         return
 
-    threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="image")
+    threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="image")
     batcher = _batcher(engine, service)
     service.ready = Ready(engine, batcher, threads)
     metrics = service.metrics
@@ -110,8 +107,7 @@ def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
         settings.max_batch_items,
         settings.max_batch_pixels,
         settings.max_batch_wait_ms / 1000,
-        # Admission bounds the requests; a request with a budget brings up to four items.
-        4 * settings.max_queue_items,
+        settings.max_queue_items,
         settings.max_queue_bytes,
     )
     threads = ThreadPoolExecutor(limits.in_flight, thread_name_prefix="engine")
@@ -177,7 +173,6 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
         problem = problem_of(error)
         if problem.kind is INTERNAL:
             log.error("request failed", exc_info=error, extra={"fields": {"request_id": request.state.request_id}})
-        service.metrics.rejected.labels(problem.kind.slug).inc()
         return problem_response(problem, request)
 
     for kind in (Problem, ClientGone, RequestValidationError, HTTPException, ValueError, RuntimeError, Exception):

@@ -29,10 +29,6 @@ class QueueFull(RuntimeError):
         self.retry_after = retry_after
 
 
-class Draining(RuntimeError):
-    """The service is shutting down and admits nothing more."""
-
-
 class DeadlineExceeded(TimeoutError):
     """The item's deadline passed before its turn came."""
 
@@ -116,7 +112,6 @@ class Batcher(Generic[Item, Result]):
         self._seconds_per_item = 0.0
         self.waiting_items = 0
         self.waiting_bytes = 0
-        self.draining = False
         self.broken: DeviceBroken | None = None
 
     async def submit(
@@ -125,14 +120,12 @@ class Batcher(Generic[Item, Result]):
         """Queue an item and wait for its result. Cancelling the caller takes the item back while it waits.
 
         Raises:
-            QueueFull, Draining, DeviceBroken: at once.
+            QueueFull, DeviceBroken: at once.
             DeadlineExceeded: its turn came too late.
             Exception: whatever the runner raised for this item alone.
         """
         if self.broken:
             raise self.broken
-        if self.draining:
-            raise Draining("the service is shutting down")
         limits = self._limits
         if self.waiting_items >= limits.queue_items:
             raise QueueFull(f"{self.waiting_items} requests wait already, the most that may", self.retry_after())
@@ -156,15 +149,6 @@ class Batcher(Generic[Item, Result]):
     def retry_after(self) -> int:
         """Whole seconds, 1 to 60, in which what waits now will have drained at the measured rate."""
         return min(60, max(1, math.ceil(self.waiting_items * self._seconds_per_item)))
-
-    async def drain(self) -> None:
-        """Admit nothing more, and return when everything admitted has been answered."""
-        self.draining = True
-        while self._running or self.waiting_items:
-            if self._running:
-                await asyncio.wait(self._running)
-            else:
-                await asyncio.sleep(0)
 
     # --- inside ---
 

@@ -133,6 +133,8 @@ class _Call:
     def arguments(self) -> dict[str, Any]:
         self.attempt += 1
         headers = {**self.headers, "Limpid-Timeout": f"{self.left():.3f}"}
+        if isinstance(self.body, Path):  # else it would go out chunked, its length unsaid
+            headers["Content-Length"] = str(self.body.stat().st_size)
         return {"params": dict(self.params), "headers": headers, "timeout": self.left()}
 
     def pause_after(self, outcome: httpx.Response | httpx.TransportError) -> float | None:

@@ -107,13 +107,15 @@ class Engine:
 
     Args:
         store: an opened store; every model in it is loaded.
-        device, precision: as in `Settings`.
+        device, precision, threads: as in `Settings`.
 
     Raises:
         StoreError: a model is altered or fails its known-answer test.
     """
 
-    def __init__(self, store: ModelStore, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(self, store: ModelStore, device: str = "auto", precision: str = "auto", threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
         self.device = pick_device(device)
         self.precision = transform_precision(self.device) if precision == "auto" else precision
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
@@ -287,6 +289,7 @@ class Engine:
             for job, degradations, one in zip(jobs[part], found, coded):
                 height, width = job.photo.shape[:2]
                 streams.append(Bitstream(model_id, job.rate, width, height, degradations, one.outliers, one.payload))
+        self._tidy(jobs[0].photo.shape[0] * jobs[0].photo.shape[1])
         return streams
 
     def _padded(self, photo: Photo) -> Tensor:

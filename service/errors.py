@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from service.batching import DeviceBroken, Draining, QueueFull
+from service.batching import DeviceBroken, QueueFull
 from service.budget import UnmeetableBudget
 from service.codec.bitstream import BitstreamError, NotABitstream, UnsupportedVersion
 from service.engine import UnknownModel
@@ -73,7 +73,6 @@ _TABLE: tuple[tuple[type[Exception], Kind], ...] = (  # the first match counts, 
     (TooManyPixels, TOO_MANY_PIXELS),
     (CorruptImage, CORRUPT_IMAGE),
     (QueueFull, QUEUE_FULL),
-    (Draining, DRAINING),
     (DeviceBroken, NOT_READY),
     (torch.OutOfMemoryError, OUT_OF_MEMORY),
     (MemoryError, OUT_OF_MEMORY),
@@ -131,7 +130,8 @@ def problem_of(error: Exception) -> Problem:
 
 
 def problem_response(problem: Problem, request: Request) -> JSONResponse:
-    """The answer for a problem, with the request's id in its body."""
+    """The answer for a problem, with the request's id in its body; `request.state.problem` keeps its kind."""
+    request.state.problem = problem.kind
     body = ProblemBody(
         type=f"urn:limpid:problem:{problem.kind.slug}",
         title=problem.kind.title,

@@ -21,8 +21,8 @@ from typing import TypeVar
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
-from service.engine import StageTimes
 from service.errors import BAD_KEY, BODY_TIMEOUT, DEADLINE, EMPTY, MALFORMED, QUEUE_FULL, Problem
 from service.settings import Settings
 from service.state import Ready, Service, Work
@@ -92,14 +92,40 @@ class Exchange:
     """One admitted request; see the module. Made by `exchange` alone."""
 
     def __init__(self, request: Request, service: Service, ready: Ready, operation: str, deadline: float) -> None:
-        self.request, self.service, self.ready, self.operation = request, service, ready, operation
-        self.deadline = deadline
+        self.request = Request(request.scope, self._receive)
+        self.service, self.ready, self.operation, self.deadline = service, ready, operation, deadline
+        self.expected = 0
         self.phase = "body"
         self.gone = False
         self._seconds: dict[str, float] = {}
-        self._batches: list[StageTimes] = []
         self._task = asyncio.current_task()
         self.watcher: asyncio.Task[None] | None = None
+        self._arrives, self._arrived = request.receive, 0
+
+    def expect(self, more: int) -> None:
+        """Count bytes of the body among those in progress.
+
+        Raises:
+            Problem: 429, with the bodies of others they are more than may be.
+        """
+        service = self.service
+        others = service.body_bytes - self.expected
+        if others and service.body_bytes + more > service.settings.max_queue_bytes:
+            raise self.refusal(f"bodies of {service.body_bytes} bytes are in progress")
+        service.body_bytes += more
+        self.expected += more
+
+    def refusal(self, full: str) -> Problem:
+        """The 429 that says what there is enough of."""
+        seconds = self.ready.batcher.retry_after()
+        return Problem(QUEUE_FULL, f"{full}, the most that may", {"Retry-After": str(seconds)})
+
+    async def _receive(self) -> Message:
+        message = await self._arrives()
+        self._arrived += len(message.get("body", b""))
+        if self._arrived > self.expected:  # of a chunked body, which announces no length
+            self.expect(self._arrived - self.expected)
+        return message
 
     async def body(self) -> bytes:
         """The uploaded bytes: the multipart field `file`, or the raw body for any other content type.
@@ -152,18 +178,13 @@ class Exchange:
         return result
 
     async def submit(self, item: Work, key: Hashable, *, pixels: int, bytes: int) -> object:
-        """Send one item through the batcher; returns what the engine made of it.
-
-        Items of one request that ride the same batch waited and ran together: their time counts once.
-        """
+        """Send one item through the batcher; returns what the engine made of it."""
         self.phase = "queue"
         done = await self.ready.batcher.submit(item, key, pixels=pixels, bytes=bytes, deadline=self.deadline)
         value, times = done.result
-        if not any(times is known for known in self._batches):
-            self._batches.append(times)
-            self._add("queue", done.queued)
-            self._add("transform", times.transform)
-            self._add("entropy", times.entropy)
+        self._add("queue", done.queued)
+        self._add("transform", times.transform)
+        self._add("entropy", times.entropy)
         return value
 
     def _add(self, stage: str, seconds: float) -> None:
@@ -187,19 +208,13 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
     check_key(request, service.settings)
     ready = service.require()
     timeout = timeout_of(request, service.settings)
-    announced = request.headers.get("content-length", "")
-    length = int(announced) if announced.isdecimal() else 0  # a chunked body is bounded by its largest size alone
-    full = None
-    if service.admitted >= service.settings.max_queue_items:
-        full = f"{service.admitted} requests are in progress"
-    elif service.body_bytes and service.body_bytes + length > service.settings.max_queue_bytes:
-        full = f"bodies of {service.body_bytes} bytes are in progress"
-    if full:
-        raise Problem(QUEUE_FULL, f"{full}, the most that may", {"Retry-After": str(ready.batcher.retry_after())})
     call = Exchange(request, service, ready, operation, time.monotonic() + timeout)
+    if service.admitted >= service.settings.max_queue_items:
+        raise call.refusal(f"{service.admitted} requests are in progress")
+    announced = request.headers.get("content-length", "")
+    call.expect(int(announced) if announced.isdecimal() else 0)
     in_progress = service.metrics.in_progress.labels(operation)
     service.admitted += 1
-    service.body_bytes += length
     in_progress.inc()
     try:
         async with asyncio.timeout(timeout):
@@ -216,7 +231,7 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
         raise ClientGone(call.phase) from None
     finally:
         service.admitted -= 1
-        service.body_bytes -= length
+        service.body_bytes -= call.expected
         in_progress.dec()
         if call.watcher:
             call.watcher.cancel()

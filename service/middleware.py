@@ -62,7 +62,6 @@ class RequestMiddleware:
             stated = request.headers.get("content-length", "")
             if stated.isdigit() and int(stated) > self.max_body_bytes:
                 problem = Problem(TOO_LARGE, f"expected at most {self.max_body_bytes} bytes of body, got {stated}")
-                self.metrics.rejected.labels(TOO_LARGE.slug).inc()
                 await problem_response(problem, request)(scope, receive, counted_send)
             else:
                 await self.app(scope, limited_receive, counted_send)
@@ -72,7 +71,6 @@ class RequestMiddleware:
                 log.exception("request failed", extra={"fields": {"request_id": request_id}})
             if status:  # too late for another answer
                 raise
-            self.metrics.rejected.labels(problem.kind.slug).inc()
             await problem_response(problem, request)(scope, receive, counted_send)
         finally:
             seconds = time.perf_counter() - started
@@ -81,6 +79,8 @@ class RequestMiddleware:
                 self.metrics.request_seconds.labels(operation).observe(seconds)
                 self.metrics.request_bytes.labels(operation).observe(received)
                 self.metrics.response_bytes.labels(operation).observe(answered)
+                if refused := getattr(request.state, "problem", None):
+                    self.metrics.rejected.labels(refused.slug).inc()
             fields = {
                 "request_id": request_id,
                 "method": scope["method"],

@@ -18,7 +18,7 @@ class Settings(BaseSettings):
         store: folder of the model store.
         device: `auto` takes a GPU when there is one; else a torch device such as `cpu` or `cuda:1`.
         precision: of the float transforms; `auto` takes bfloat16 where the hardware multiplies it, else float32.
-        threads: CPU threads of the device step; 0 leaves torch's default.
+        threads: CPU threads of the device step, and image files read or written at a time; 0 takes torch's default.
         max_pixels: largest photo accepted by either call.
         max_body_bytes: largest request body.
         max_batch_items, max_batch_pixels: of one run on the device; a single photo may exceed the pixels.

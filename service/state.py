@@ -37,7 +37,7 @@ class Service:
         stage_span: records the stages of a request in its trace.
         ready: None while the models load, or for good with a `failure` that says why.
         admitted: requests between their admission and their answer.
-        body_bytes: of their bodies, as announced.
+        body_bytes: of their bodies, as announced, or as they have come where nothing was.
         draining: set by SIGTERM; nothing more is admitted.
     """
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batching import Batcher, DeadlineExceeded, DeviceBroken, Done, Draining, Events, Limits, QueueFull
+from service.batching import Batcher, DeadlineExceeded, DeviceBroken, Done, Events, Limits, QueueFull
 
 
 class Device:
@@ -232,23 +232,6 @@ def test_a_broken_device_is_told_to_everyone_and_stays_broken() -> None:
             await batcher.submit(9, "a")
         assert batcher.waiting_items == 0
         assert len(device.launches) == 1
-
-    simulate(scenario)
-
-
-def test_draining_finishes_what_was_admitted_and_refuses_the_rest() -> None:
-    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
-        batcher = make(batch_items=2)
-        tasks = [submit(batcher, item) for item in range(5)]
-        await settle()
-        drained = asyncio.ensure_future(batcher.drain())
-        await settle()
-        with pytest.raises(Draining):
-            await batcher.submit(9, "a")
-        assert not drained.done()
-        await device.finish()
-        await drained
-        assert [(await task).result for task in tasks] == [0, 10, 20, 30, 40]
 
     simulate(scenario)
 

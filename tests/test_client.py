@@ -101,6 +101,7 @@ def test_what_failed_on_the_way_is_sent_again_in_full(tmp_path: Path) -> None:
             assert len(sent.requests) == 4
             for request in sent.requests:
                 assert request.content == b"j" * 200_000
+                assert ("content-length" in request.headers) is not callable(body)
                 assert request.url.params["rate"] == "5"
                 assert request.headers["authorization"] == "Bearer key"
                 assert 0 < float(request.headers["limpid-timeout"]) <= FAST.deadline
