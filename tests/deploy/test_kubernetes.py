@@ -14,10 +14,8 @@ from service.settings import Settings
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "deploy" / "kubernetes" / "base"
 OVERLAYS = sorted((BASE.parent / "overlays").iterdir())
+MONITORING = BASE.parent / "monitoring"
 VERSIONS = ("1.29", "1.33")
-CUSTOM = {"ServiceMonitor", "RayService"}
-"""Kinds that operators define; Kubernetes publishes no schema of them."""
-
 Manifest = dict[str, Any]
 
 
@@ -62,9 +60,8 @@ def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_manifest_follows_the_published_schema(manifests: list[Manifest], version: str) -> None:
-    known = [manifest for manifest in manifests if manifest["kind"] not in CUSTOM]
-    assert len(known) == 5
-    for manifest in known:
+    assert len(manifests) == 5
+    for manifest in manifests:
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
@@ -103,8 +100,7 @@ def test_probes_settings_and_metrics_exist_in_the_service(manifests: list[Manife
     paths = {getattr(route, "path", "") for route in app.routes} | set(app.openapi()["paths"])
     container = of_kind(manifests, "Deployment")["spec"]["template"]["spec"]["containers"][0]
     probes = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")]
-    monitored = [endpoint["path"] for endpoint in of_kind(manifests, "ServiceMonitor")["spec"]["endpoints"]]
-    assert set(probes + monitored) <= paths
+    assert set(probes) <= paths
     for entry in container["env"]:
         assert entry["name"].removeprefix("LIMPID_").lower() in Settings.model_fields
     metric = of_kind(manifests, "HorizontalPodAutoscaler")["spec"]["metrics"][0]["pods"]["metric"]["name"]
@@ -119,10 +115,18 @@ def test_every_selector_selects_the_pod(manifests: list[Manifest]) -> None:
         ("Deployment", "selector"),
         ("PodDisruptionBudget", "selector"),
         ("NetworkPolicy", "podSelector"),
-        ("ServiceMonitor", "selector"),
     ):
         assert of_kind(manifests, kind)["spec"][field]["matchLabels"] == labels
     assert of_kind(manifests, "Service")["metadata"]["labels"] == labels
+
+
+def test_the_monitor_scrapes_the_metrics_of_the_service(manifests: list[Manifest]) -> None:
+    (name,) = load(MONITORING / "kustomization.yaml")["resources"]
+    monitor, service = load(MONITORING / name)["spec"], of_kind(manifests, "Service")
+    assert monitor["selector"]["matchLabels"] == service["metadata"]["labels"]
+    (endpoint,) = monitor["endpoints"]
+    assert endpoint["path"] == "/metrics"
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
 
 
 def test_the_ray_service_names_what_exists() -> None:
