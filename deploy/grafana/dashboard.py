@@ -89,8 +89,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
               ((f"process_resident_memory_bytes{{{WHERE}}}", "resident {{instance}}"),
                (gauge("memory_limit_bytes"), "limit {{instance}}"))),
         Panel("Device memory", "What torch holds on a GPU; the resident memory of the process where there is none.",
-              "bytes", ((f'{gauge("gpu_memory_bytes")} or on (instance) label_replace(process_resident_memory_bytes{{{WHERE}}}, '
-                         '"device", "cpu", "", "")', "{{device}} {{kind}}"),)),
+              "bytes", ((f'{gauge("gpu_memory_bytes")} or on (instance) '
+                         f'label_replace(process_resident_memory_bytes{{{WHERE}}}, "device", "cpu", "", "")',
+                         "{{device}} {{kind}}"),)),
         Panel("Models", "On each instance.", "none",
               ((f"sum by (model, device) ({gauge('model_loaded')})", "{{model}} on {{device}}"),)),
     ),

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
-from model_store.evaluation.conditions import SETS, psnr, samples
+from model_store.evaluation.conditions import MEASURED, SETS, psnr, samples
 from model_store.evaluation.features import Watched, draw_embedding, draw_maps
 from model_store.evaluation.report import RESULTS, Record, curves, plot, published_table, read_records, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
@@ -142,7 +142,7 @@ def _report(args: argparse.Namespace) -> None:
     path = args.store / "store.json"
     index = json.loads(path.read_text())
     name = args.name or index["default"]
-    paths = [args.results / f"{kind}-{photos}.json" for photos in SETS for kind in ("peers", "cascade", name)]
+    paths = [args.results / f"{kind}-{photos}.json" for photos in MEASURED for kind in ("peers", "cascade", name)]
     records = read_records(path for path in paths if path.exists())
     text = table(records) + "\n\n" + published_table(records)
     print(text)
@@ -183,7 +183,7 @@ def main() -> None:
             sub.add_argument("--store", type=Path, default=STORE)
         if command != "report":
             sub.add_argument("--photos", type=Path, required=True, help="folder that holds the sets as subfolders")
-            sub.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
+            sub.add_argument("--sets", nargs="+", default=list(MEASURED), choices=list(SETS))
             if command == "features":
                 sub.add_argument("--photo", type=Path, help="the photo of the maps")
             sub.add_argument("--limit", type=int, help="only the first photos of each set")

@@ -15,8 +15,6 @@ from model_store.degradations import EVALUATION, Kind, degrade, to_linear, to_sr
 
 Photo = NDArray[np.uint8]
 
-SIGMAS = (15, 25, 50)
-
 SENSOR_LEVELS = (
     (0.0068354, 0.05200081**2),
     (0.01572141, 0.07886314**2),
@@ -71,6 +69,9 @@ SETS: dict[str, tuple[Condition, ...]] = {
     "rain": (Condition("pairs", ALL_RATES),),
     "cc15": (Condition("pairs", ALL_RATES),),
 }
+
+MEASURED = ("kodak", "rain", "cc15")
+"""What models are measured on. All up to `edge-8` have learned from most photos of CBSD68 (`model_store/README.md`)."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model_store.degradations import EVALUATION, Kind, degrade
 from model_store.evaluation.conditions import as_tensor, read_rgb
 from service.codec.blocks import HATB
-from service.codec.config import CodecConfig, Stage
+from service.codec.config import CodecConfig
 from service.codec.shipped import pad_to_stride
 from service.codec.transforms import Analysis, BlockStack
 
@@ -36,8 +36,7 @@ class Watched:
         self.name = name or index["default"]
         (entry,) = [entry for entry in index["models"] if entry["name"] == self.name]
         with safe_open(store / entry["file"], framework="pt") as opened:
-            config = json.loads(opened.metadata()["limpid"])["config"]
-        config = CodecConfig(**{**config, "stages": tuple(Stage(**stage) for stage in config["stages"])})
+            config = CodecConfig.from_dict(json.loads(opened.metadata()["limpid"])["config"])
         self.g_a = Analysis(config).eval().requires_grad_(False)
         weights = load_file(store / entry["file"])
         self.g_a.load_state_dict({key[4:]: value.float() for key, value in weights.items() if key.startswith("g_a.")})

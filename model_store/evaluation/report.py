@@ -66,7 +66,7 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
 
 
 def curves(records: Sequence[Record]) -> dict[tuple[str, str, str], Curve]:
-    """(set, condition, codec) to its curve. Settings `degraded input` (bytes 0) are left out."""
+    """(set, condition, codec) to its curve. The codec `INPUT`, the upload itself (bytes 0), is left out."""
     points: dict[tuple[str, str, str], dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record.bytes:

@@ -20,7 +20,9 @@ from service.codec.config import CONFIGS
 
 
 def average(checkpoint: Path, parts: Sequence[tuple[float, Path]], output: Path) -> Path:
-    """Write `output`: the checkpoint with its EMA replaced by the mean of `parts`, its own weights not included.
+    """Write `output`: the checkpoint with the mean of `parts` for its weights and its EMA, without its optimizer.
+
+    It is to be exported or started from; there is no run in it that could go on.
 
     Args:
         parts: shares, which sum to 1, and files of weights: checkpoints, or safetensors of `keep_weights`.
@@ -43,7 +45,8 @@ def average(checkpoint: Path, parts: Sequence[tuple[float, Path]], output: Path)
     told = ", ".join(f"{share:g} {path.parent.name}/{path.name}" for share, path in parts)
     record = {**state["record"], "lambda_low": low, "lambda_high": high, "averaged": told}
     output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({**state, "ema": mean, "record": record}, output)
+    torch.save({"size": state["size"], "model": mean, "ema": mean, "step": state["step"], "seconds": state["seconds"],
+                "record": record}, output)  # fmt: skip
     return output
 
 

@@ -41,7 +41,8 @@ class Schedule:
 
     def factor(self, seconds: float, step: int) -> float:
         progress = seconds / (60 * self.minutes)
-        decay = 1.0 if progress < self.steady else max(0.02, (1 - progress) / (1 - self.steady))
+        left = (1 - progress) / max(1e-9, 1 - self.steady)
+        decay = min(1.0, max(0.02, left))
         return min(1.0, (step + 1) / WARM_UP_STEPS) * decay
 
 
@@ -86,7 +87,7 @@ def train(
 
     Raises:
         ValueError: no usable photos, nothing that could learn, a crop that is no multiple of 16, or a run with another
-            range of lambda.
+            range of lambda, on another kind of device, or that is a mean of runs.
     """
     if crop % 16:
         raise ValueError(f"expected a crop that is a multiple of 16, got {crop}")
@@ -123,6 +124,9 @@ def train(
         if trained_lambdas(state["record"]) != LAMBDA_RANGE:
             raise ValueError(f"expected a run with lambda from {LAMBDA_RANGE[0]:g} to {LAMBDA_RANGE[1]:g} in {run}; "
                              "start another one from its weights (--start-from)")  # fmt: skip
+        if "optimizer" not in state or torch.device(state["record"]["device"]).type != where.type:
+            raise ValueError(f"expected a run on {where.type} in {run}, not one of another device or a mean of runs; "
+                             "start another one from its weights (--start-from)")  # fmt: skip
         if state["model"].keys() != model.state_dict().keys() or state["record"].get("only", "") != only:
             raise ValueError(f"expected a run of today's {size} that trains the same parameters in {run}; "
                              "start another one from its weights (--start-from)")  # fmt: skip
@@ -136,6 +140,8 @@ def train(
         if where.type == "cuda":
             torch.cuda.set_rng_state(state["device_noise"].cpu(), where)
         step, seconds = state["step"], state["seconds"]
+        if seconds >= 60 * schedule.minutes:
+            return path
     if compiled and halved:  # in float32 on a CPU, what is compiled is a sixth slower (measured with AVX2)
         compile_blocks(model)
         if captured:

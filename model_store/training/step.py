@@ -69,6 +69,7 @@ class Step:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] = ()
         self._under_way: deque[torch.cuda.Event] = deque()
+        self._rehearses = False
 
     def __call__(self, degraded: Tensor, clean: Tensor, rate: Tensor, clean_share: float) -> None:
         """Photos (B, 3, H, W), their originals, the rate index of each (B,), and the share of them that is clean."""
@@ -90,9 +91,11 @@ class Step:
     def _captured(self) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self.device))
+        self._rehearses = True
         with torch.cuda.stream(side):
             for _ in range(_GRAPH_WARM_UP):
                 self._run(*self._inputs)
+        self._rehearses = False
         torch.cuda.current_stream(self.device).wait_stream(side)
         self.sums.zero_()
         graph = torch.cuda.CUDAGraph()
@@ -117,7 +120,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = clip_grad_norm_(self.model.parameters(), 1.0)
-        dropped = (~norm.isfinite()).float()
+        dropped = torch.ones_like(norm) if self._rehearses else (~norm.isfinite()).float()
         self.optimizer.found_inf = dropped  # type: ignore[attr-defined]  # as a GradScaler does: no update then
         self.optimizer.step()
         with torch.no_grad():

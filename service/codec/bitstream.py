@@ -80,7 +80,7 @@ class Degradation:
     """One finding of the encoder: a kind and how strong it is, in [0, 1].
 
     The strength of a flaw is the harm that it alone does: 0 at a PSNR of 40 dB and more, 1 at 10 dB and less, linear
-    between. That of `CLEAN` is the probability that nothing is wrong.
+    between. That of `CLEAN` is 1 less the probability of the likeliest flaw.
     """
 
     kind: DegradationKind

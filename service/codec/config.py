@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 STRIDE = 16
 """Pixels per latent position, in each direction: every photo is padded to a multiple of it."""
@@ -66,6 +68,15 @@ class CodecConfig:
     def heads_of(self, dim: int) -> int:
         """Attention groups of a stage of width `dim`."""
         return self.heads or -(-dim // self.group)
+
+    @classmethod
+    def from_dict(cls, stated: Mapping[str, Any]) -> CodecConfig:
+        """What `dataclasses.asdict` gave, as models carry it.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        return cls(**{**stated, "stages": tuple(Stage(**stage) for stage in stated["stages"])})
 
     @property
     def watched(self) -> int:

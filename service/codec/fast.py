@@ -26,7 +26,7 @@ Branch = Callable[[Tensor], Tensor]
 
 
 def _strips(height: int, width: int) -> list[tuple[int, int]]:
-    """First and last-but-one rows of strips of nearly equal height."""
+    """First rows of strips of nearly equal height, and those after their last."""
     count = max(1, round(height * width / STRIP_POSITIONS))
     edges = [height * index // count for index in range(count + 1)]
     return [(top, bottom) for top, bottom in pairwise(edges) if bottom > top]

@@ -28,7 +28,7 @@ def known_answer(codec: ShippedCodec) -> str:
     known = torch.zeros_like(y_hat)
     digest = hashlib.sha256()
     for index, part in enumerate(each):
-        outputs = [codec.prior.speak(index, features, known, rate, asked) for asked in each]
+        outputs = [codec.prior.predict(index, features, known, rate, asked) for asked in each]
         for values in ([output.mean for output in outputs], [output.level for output in outputs]):
             whole = sum((asked.placed(one, h, w) for asked, one in zip(each, values)), torch.zeros_like(y_hat))
             digest.update(whole.permute(0, 3, 1, 2).to(torch.int32).cpu().numpy().astype("<i4").tobytes())

@@ -69,7 +69,7 @@ class FactorizedPrior(nn.Module):
         q = rate_position(rate)[:, None]
         location = self.location[0] * (1 - q) + self.location[1] * q
         log_scale = self.log_scale[0] * (1 - q) + self.log_scale[1] * q
-        return location, log_scale.clamp(-3, 4).exp()
+        return location, straight_clamp(log_scale, -3, 4).exp()
 
     def forward(self, z: Tensor, rate: Tensor) -> Tensor:
         """Bits per photo of z (B, C, h, w)."""
@@ -160,7 +160,7 @@ class TrainableCodec(nn.Module):
             skipped = -1 if self.training else self.config.skipped
             known, y_bits = y.new_zeros(()), y.new_zeros(len(y))
             for index, part in enumerate(_parts(h, w, prior.passes, y.device)):
-                one = _Pass.of(prior.speak(index, features, known * _UNIT, rate, part), part, y, skipped)
+                one = _Pass.of(prior.predict(index, features, known * _UNIT, rate, part), part, y, skipped)
                 known = known + part.placed(one.y_hat, h, w)
                 y_bits = y_bits + one.bits(self.training, skipped)
             y_hat = known.permute(0, 3, 1, 2)

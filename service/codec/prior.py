@@ -130,7 +130,11 @@ class Rescale:
 
 @dataclass(frozen=True)
 class ScaledRescale:
-    """A `Rescale` ready to run: `factor` (8, C) times 2^-shift, which loses nothing."""
+    """A `Rescale` ready to run: `factor` (8, C) times 2^-shift, which loses nothing.
+
+    Below a shift of 24 the sum with the half that rounds is exact as well. Above, it is one IEEE addition to an exact
+    product, so every device rounds it alike, a fused multiply-add too.
+    """
 
     factor: Tensor
     limit: int
@@ -225,7 +229,7 @@ class ExactPrior:
         x = _shuffled(self._run(pointwise, "up2", x + self._run(depthwise, "local2", x, rate), rate))
         return x[:, :h, :w].contiguous()
 
-    def speak(self, index: int, features: Tensor, y_hat: Tensor, rate: Tensor, part: Part) -> PriorOutput:
+    def predict(self, index: int, features: Tensor, y_hat: Tensor, rate: Tensor, part: Part) -> PriorOutput:
         """What pass `index` says of a part of the latents.
 
         y_hat: (B, h, w, N) in sixteenths, zero where no pass before has spoken; pass 0 does not look at it.

@@ -32,6 +32,12 @@ SYMBOL_LIMIT = 2**15 - 1
 
 FEWEST_SYMBOLS = 4
 
+_WORD = 4
+"""Bytes that the decoder reads at most per symbol; its state takes four such words."""
+
+_MOST_BYTES = 5
+"""Of one number in a list of outliers."""
+
 
 class CorruptPayload(ValueError):
     """The entropy-coded bytes cannot have come from this codec."""
@@ -113,12 +119,18 @@ class Decoder:
     Args:
         payload: received bytes, of any content.
         most: an upper bound of the symbols that will be read.
+
+    Raises:
+        CorruptPayload: so many symbols never take so many bytes.
     """
 
     def __init__(self, payload: bytes, most: int) -> None:
+        room = _WORD * (most + 4)
+        if len(payload) > room:
+            raise CorruptPayload(f"{len(payload)} bytes for {most} symbols, which take {room} at most")
         self._left = most
         self._decoder = _ans().RansDecoder()
-        self._decoder.set_stream(payload + bytes(-len(payload) % 4 + 4 * most + 16))
+        self._decoder.set_stream(payload + bytes(-len(payload) % _WORD + room))
 
     def take(self, indexes: Symbols, tables: GuardedTables) -> Symbols:
         """The next len(indexes) symbols; whatever the bytes are, each lies inside its table.
@@ -164,23 +176,25 @@ class Outliers:
         return bytes(out)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Outliers:
+    def from_bytes(cls, data: bytes, latents: int) -> Outliers:
         """Raises:
-        CorruptPayload: the bytes are not a list of outliers.
+        CorruptPayload: the bytes are not a list of outliers of a photo with so many latents.
         """
-        values: list[int] = []
-        value = shift = 0
-        for byte in data:
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if shift > 35:
-                raise CorruptPayload("outliers: a number of more than 35 bits")
-            if not byte & 0x80:
-                values.append(value)
-                value = shift = 0
-        if shift or (values and len(values) != 2 * values[0] + 1):
+        if len(data) > _MOST_BYTES * (2 * latents + 1):
+            raise CorruptPayload(f"outliers: {len(data)} bytes for {latents} latents")
+        seen = np.frombuffer(data, np.uint8)
+        last = np.flatnonzero(seen < 0x80)
+        first = np.concatenate([[0], last[:-1] + 1]) if len(last) else last
+        length = last - first + 1
+        if (length > _MOST_BYTES).any():
+            raise CorruptPayload(f"outliers: a number of more than {7 * _MOST_BYTES} bits")
+        values = np.zeros(len(last), np.int64)
+        for place in range(int(length.max(initial=0))):
+            has = length > place
+            values[has] |= (seen[first[has] + place].astype(np.int64) & 0x7F) << 7 * place
+        if (len(seen) and seen[-1] >= 0x80) or (len(values) and len(values) != 2 * values[0] + 1):
             raise CorruptPayload("outliers: the list does not end where it should")
-        steps, zigzag = np.array(values[1::2], np.int64), np.array(values[2::2], np.int64)
+        steps, zigzag = values[1::2], values[2::2]
         if (steps < 1).any() or (zigzag < 1).any() or (zigzag > 4 * SYMBOL_LIMIT).any():
             raise CorruptPayload("outliers: a step or an excess out of range")
         return cls(np.cumsum(steps) - 1, np.where(zigzag % 2, -(zigzag + 1) // 2, zigzag // 2))

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.codec.bitstream import Degradation
-from service.codec.config import RATE_POINTS, STRIDE, CodecConfig, Stage
+from service.codec.config import RATE_POINTS, STRIDE, CodecConfig
 from service.codec.exact import IntegerLayer
 from service.codec.fast import FastStack, speed_up
 from service.codec.prior import MEAN_FRACTION, IntegerPrior, Part, PriorOutput, Rescale, parts
@@ -218,7 +218,7 @@ class ShippedCodec:
         passes: list[list[tuple[Symbols, Symbols]]] = []
         changed, wide = torch.zeros(2, len(y), device=y.device)
         for index, part in enumerate(parts(h, w, self.prior.passes, y.device)):
-            output = self.prior.speak(index, features, known, rate, part)
+            output = self.prior.predict(index, features, known, rate, part)
             symbols, *told = self._quantise(part.gathered(y), output)
             changed, wide = changed + told[0], wide + told[1]
             passes.append(_pairs(symbols, output.level))
@@ -261,12 +261,13 @@ class ShippedCodec:
         `on_device` runs the steps that are torch; by default they run here. Between them the entropy coder works here.
 
         Raises:
-            CorruptPayload: the outliers of a stream contradict it. Any payload bytes decode to some picture.
+            CorruptPayload: the outliers of a stream contradict it, or a part of it is longer than its photo can need.
+                Any other payload bytes decode to some picture.
         """
         n, hyper = self.config.latents, self.config.hyper
         zh, zw = -(-h // 4), -(-w // 4)
         decoders = [Decoder(one.payload, hyper * zh * zw + n * h * w) for one in coded]
-        outliers = [Outliers.from_bytes(one.outliers) for one in coded]
+        outliers = [Outliers.from_bytes(one.outliers, n * h * w) for one in coded]
         channels = self._z_channels(hyper * zh * zw)
         z = [decoder.take(channels, self.z_tables[index]) for decoder, index in zip(decoders, rate.tolist())]
         starts = [0] * len(coded)
@@ -287,7 +288,7 @@ class ShippedCodec:
             return self.prior.features(z_hat, rate, h, w), y_hat, parts(h, w, self.prior.passes, self.device)
 
         def told(index: int, part: Part) -> tuple[Tensor, list[Symbols]]:
-            output = self.prior.speak(index, features, y_hat, rate, part)
+            output = self.prior.predict(index, features, y_hat, rate, part)
             return output.mean, [_numpy(level) for level in output.level]
 
         def place(part: Part, mean: Tensor, symbols: Symbols) -> None:
@@ -322,8 +323,7 @@ class ShippedCodec:
         """
         try:
             stated = json.loads(description)
-            config = stated["config"]
-            config = CodecConfig(**{**config, "stages": tuple(Stage(**stage) for stage in config["stages"])})
+            config = CodecConfig.from_dict(stated["config"])
             transforms = Analysis(config), Synthesis(config), HyperAnalysis(config)
             for name, part in zip(("g_a", "g_s", "h_a"), transforms):
                 part.load_state_dict({key: value.float() for key, value in _below(tensors, name).items()})

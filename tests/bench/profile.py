@@ -56,7 +56,7 @@ def main() -> None:
         features = stage("prior: features", lambda: prior.features(z_hat, rate, h, w))
         known = y.round().permute(0, 2, 3, 1).contiguous()
         for index, part in enumerate(parts(h, w, prior.passes, y.device)):
-            stage(f"prior: pass {index}", partial(prior.speak, index, features, known, rate, part))
+            stage(f"prior: pass {index}", partial(prior.predict, index, features, known, rate, part))
         symbols = stage("prior and symbols, encoder", lambda: codec.symbols_of(y, z_hat, rate))
         coded = stage("rANS encoder", lambda: codec.write(symbols[0]))
         y_hat = stage("prior and rANS decoder", lambda: codec.read([coded], rate, h, w))

@@ -168,7 +168,7 @@ def test_a_wide_layer_gets_a_wider_carrier_and_the_same_result() -> None:
     features, rate = inputs(2, TINY.features, 5, 3, 1).abs(), torch.tensor([1, 6])
     y_hat = 16 * inputs(2, TINY.latents, 5, 3, 4, 30)
     for index, part in enumerate(parts(5, 3, 4, cpu)):
-        narrow, exact = (prior.speak(index, features, y_hat, rate, part) for prior in (mixed, double))
+        narrow, exact = (prior.predict(index, features, y_hat, rate, part) for prior in (mixed, double))
         assert torch.equal(narrow.mean, exact.mean)
         assert torch.equal(narrow.level, exact.level)
     integers.layers["first_mean"] = IntegerLayer(mean.weight, mean.bias + 2.0**53, mean.shift, mean.low, mean.high)

@@ -39,7 +39,7 @@ def functions(path: Path, names: set[str]) -> list[ast.FunctionDef]:
                 "__call__",
                 "_run",
                 "features",
-                "speak",
+                "predict",
                 "_output",
                 "parts",
                 "gathered",

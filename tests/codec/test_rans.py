@@ -67,7 +67,7 @@ def test_the_guard_refuses_what_the_coder_would_crash_on() -> None:
 def test_outliers_round_trip(values: dict[int, int]) -> None:
     positions = sorted(values)
     outliers = Outliers(np.array(positions, np.int64), np.array([values[p] for p in positions], np.int64))
-    back = Outliers.from_bytes(outliers.to_bytes())
+    back = Outliers.from_bytes(outliers.to_bytes(), 10**6 + 1)
     assert back.position.tolist() == positions
     assert back.excess.tolist() == outliers.excess.tolist()
 
@@ -75,18 +75,25 @@ def test_outliers_round_trip(values: dict[int, int]) -> None:
 @given(data=st.binary(max_size=60))
 def test_any_outlier_bytes_are_a_list_or_an_error(data: bytes) -> None:
     try:
-        outliers = Outliers.from_bytes(data)
+        outliers = Outliers.from_bytes(data, 100)
     except CorruptPayload:
         return
     assert (np.diff(outliers.position) > 0).all()
     assert (np.abs(outliers.excess) <= 2 * SYMBOL_LIMIT).all()
 
 
+def test_more_bytes_than_a_photo_can_need_are_refused_unread() -> None:
+    with pytest.raises(CorruptPayload, match="for 32 latents"):
+        Outliers.from_bytes(b"\1" * 10**6, 32)
+    with pytest.raises(CorruptPayload, match="for 32 symbols"):
+        Decoder(bytes(10**6), 32)
+
+
 def test_clipped_symbols_are_restored_across_groups() -> None:
     symbols = [np.array([0, 500, 0, -900], np.int32), np.array([77, 0], np.int32)]
     clipped = [np.clip(group, -10, 10) for group in symbols]
     listed = Outliers.between(np.concatenate(symbols), np.concatenate(clipped))
-    listed = Outliers.from_bytes(listed.to_bytes())
+    listed = Outliers.from_bytes(listed.to_bytes(), 6)
     assert listed.within(0, 4).apply(clipped[0]).tolist() == symbols[0].tolist()
     assert listed.within(4, 2).apply(clipped[1]).tolist() == symbols[1].tolist()
 

@@ -1,4 +1,4 @@
-"""`service.codec.report`: the head says the same of a photo in one piece or in strips, and words its findings well."""
+"""`service.codec.report`: the head's findings, and how they are worded and stored."""
 
 from __future__ import annotations
 

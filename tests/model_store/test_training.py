@@ -117,7 +117,6 @@ def run(
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     straight = torch.load(run(photos, tmp_path / "a", 16, monkeypatch), weights_only=True)
     with pytest.raises(KeyboardInterrupt):
         run(photos, tmp_path / "b", 16, monkeypatch, crash_at=3)
@@ -129,6 +128,19 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(
         assert torch.allclose(value, resumed["ema"][name], atol=1e-6), name
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert {"step", "seconds", "lr", "loss", "bpp", "psnr"} <= lines[0].keys()
+
+
+def test_a_finished_run_and_a_mean_of_runs_train_no_further(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = run(photos, tmp_path / "a", 2, monkeypatch)
+    before = checkpoint.read_bytes()
+    assert run(photos, tmp_path / "a", 2, monkeypatch) == checkpoint
+    assert checkpoint.read_bytes() == before
+    monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    average(checkpoint, [(1.0, checkpoint)], tmp_path / "mean" / "checkpoint.pt")
+    with pytest.raises(ValueError, match="a mean of runs"):
+        run(photos, tmp_path / "mean", 4, monkeypatch)
 
 
 @pytest.mark.parametrize("config", [TINY, FOUR_PASSES], ids=["two", "four"])
