@@ -1,60 +1,38 @@
-"""`model_store.training`: a run starts warm, resumes without losing a step, and exports what the service loads."""
+"""`model_store.training`: a run starts warm, resumes without losing a step, and minimises what it should."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from model_store.degradations import Kind
 from model_store.evaluation.report import Curve
-from model_store.training import held_out, loop
+from model_store.training import held_out
 from model_store.training import step as one_step
 from model_store.training.ablations import _silence
 from model_store.training.average import average
 from model_store.training.batches import Batches
 from model_store.training.compiled import compile_prior
 from model_store.training.curves import draw
-from model_store.training.export import export
-from model_store.training.frequencies import with_counted_tables
-from model_store.training.loop import Schedule, train
 from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool
-from model_store.training.recode import recode
-from model_store.training.report import targets, train_report
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import keep_weights, read_weights, stretched, weights_to_start_from
 from service.codec import model as codec_model
 from service.codec import prior
-from service.codec.bitstream import DegradationKind
-from service.codec.config import CONFIGS, CodecConfig
-from service.codec.model import TrainableCodec, ship
-from service.codec.report import KINDS
-from service.codec.shipped import ShippedCodec
-from service.engine import EncodeJob, Engine, Photo
-from service.store import ModelStore
+from service.codec.config import CONFIGS
+from service.codec.model import TrainableCodec
+from service.engine import Photo
 from tests.codec.test_model import FOUR_PASSES, TINY
-from tests.conftest import DATA
+from tests.model_store.conftest import run
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos" / "nested"
-    folder.mkdir(parents=True)
-    for name in ("parrots", "bikes"):
-        with Image.open(DATA / f"{name}.png") as image:
-            image.save(folder / f"{name}.png")
-    return folder.parent
 
 
 def test_a_warm_start_is_a_working_transform_coder(photos: Path, parrots: Photo) -> None:
@@ -77,41 +55,6 @@ def test_a_stem_with_more_outputs_than_inputs_starts_warm_too(photos: Path, parr
     with torch.inference_mode():
         out = model(x, torch.tensor([7]))
     assert float(-10 * (out.x_hat - x).square().mean().log10()) > 30
-
-
-def run(
-    photos: Path,
-    folder: Path,
-    steps: int,
-    monkeypatch: pytest.MonkeyPatch,
-    crash_at: int | None = None,
-    config: CodecConfig = TINY,
-    **options: Any,
-) -> Path:
-    """Train for a number of steps: every step is made to take a second of the schedule's time."""
-    ticks = iter(range(10**6))
-    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(ticks)))
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(loop, "LOG_EVERY", 2)
-    monkeypatch.setitem(CONFIGS, "tiny", config)
-    if crash_at is not None:
-        calls = iter(range(10**6))
-        original = one_step.balanced_distortion
-
-        def failing(mse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            if next(calls) == crash_at:
-                raise KeyboardInterrupt
-            return original(mse, weight)
-
-        monkeypatch.setattr(one_step, "balanced_distortion", failing)
-    schedule = Schedule(minutes=steps / 60, lr=1e-3, prior_lr=1e-3, steady=0.5)
-    try:
-        return train(
-            photos=photos, run=folder, size="tiny", schedule=schedule, batch=2, crop=64, seed=1, device="cpu",
-            compiled=False, **options,
-        )  # fmt: skip
-    finally:
-        monkeypatch.undo()
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not(
@@ -141,72 +84,6 @@ def test_a_finished_run_and_a_mean_of_runs_train_no_further(
     average(checkpoint, [(1.0, checkpoint)], tmp_path / "mean" / "checkpoint.pt")
     with pytest.raises(ValueError, match="a mean of runs"):
         run(photos, tmp_path / "mean", 4, monkeypatch)
-
-
-@pytest.mark.parametrize("config", [TINY, FOUR_PASSES], ids=["two", "four"])
-def test_an_exported_run_is_a_model_that_the_service_loads(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo, config: CodecConfig
-) -> None:
-    checkpoint = run(photos, tmp_path / "run", 4, monkeypatch, config=config)
-    monkeypatch.setitem(CONFIGS, "tiny", config)
-    store = tmp_path / "store"
-    store.mkdir()
-    export(checkpoint, "tiny-1", store)
-    engine = Engine(ModelStore(store), "cpu")
-    assert engine.default.entry.name == "tiny-1"
-    (back,) = engine.decode(engine.encode([EncodeJob(bikes, 4)]))
-    assert back.shape == bikes.shape
-    with pytest.raises(ValueError, match="does not have yet"):
-        export(checkpoint, "tiny-1", store)
-
-
-def test_counted_frequencies_save_bytes_and_decode(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo
-) -> None:
-    checkpoint = run(photos, tmp_path / "run", 4, monkeypatch)
-    monkeypatch.setitem(CONFIGS, "tiny", TINY)
-    model = TrainableCodec(TINY)
-    model.load_state_dict(read_weights(checkpoint))
-    tensors, description = ship(model)
-    gaussian = ShippedCodec.from_tensors(tensors, description, CPU)
-    counted = ShippedCodec.from_tensors(
-        with_counted_tables(tensors, description, photos, batches=20, crop=64), description, CPU
-    )
-    tables = counted.y_tables.tables
-    assert np.array_equal(tables.size, gaussian.y_tables.tables.size)
-    assert all((np.diff(row[:size]) > 0).all() for row, size in zip(tables.cdf, tables.size))
-    x = torch.from_numpy(bikes[:128, :128].copy()).permute(2, 0, 1)[None].float() / 255
-    rate = torch.tensor([6])
-    (latents,) = counted.symbols_of(*counted.analyse(x, rate)[:2], rate)
-    written = counted.write(latents)
-    assert len(written.payload) < len(gaussian.write(latents).payload)
-    ((again,), _) = counted.rounded(
-        counted.read([written], rate, 8, 8), torch.from_numpy(latents.z)[None].view(1, -1, 2, 2).float(), rate
-    )
-    assert all(np.array_equal(a, b) for one, two in zip(latents.passes, again.passes) for a, b in zip(one, two))
-
-
-def test_a_report_trained_beside_a_checkpoint_ships_with_it(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo
-) -> None:
-    checkpoint = run(photos, tmp_path / "run", 2, monkeypatch)
-    monkeypatch.setitem(CONFIGS, "tiny", TINY)
-    train_report(checkpoint, photos, minutes=0.02, batch=2, crop=64)
-    store = tmp_path / "store"
-    store.mkdir()
-    export(checkpoint, "tiny-1", store)
-    (stream,) = Engine(ModelStore(store), "cpu").encode([EncodeJob(bikes, 4)])
-    assert stream.degradations
-    assert all(0 <= found.strength <= 1 for found in stream.degradations)
-
-
-def test_a_report_is_asked_for_what_is_plain_to_see() -> None:
-    present, strength, counts = targets([{Kind.NOISE: 1e-2, Kind.JPEG: 1e-4}, {Kind.SENSOR_NOISE: 1e-3}, {}])
-    noise, jpeg = KINDS.index(DegradationKind.NOISE), KINDS.index(DegradationKind.JPEG)
-    assert present[:, noise].tolist() == [1, 1, 0]
-    assert strength[0, noise] == pytest.approx(20 / 30)
-    assert counts[0, jpeg] == 0  # at 40 dB either answer is right
-    assert counts[2].all()
 
 
 def test_kept_weights_start_a_run_where_the_old_one_ended(
@@ -269,14 +146,6 @@ def test_a_grown_prior_starts_with_its_second_pass(
             if name.startswith(f"prior.layers.{step}_"):
                 assert torch.equal(value, started[name.replace(step, "second")])
     assert weights_to_start_from(checkpoint, TINY).keys() == read_weights(checkpoint).keys()
-
-
-def test_a_run_of_two_passes_still_exports(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = run(photos, tmp_path / "run", 2, monkeypatch)
-    monkeypatch.setitem(CONFIGS, "tiny", FOUR_PASSES)
-    (tmp_path / "store").mkdir()
-    export(checkpoint, "tiny-1", tmp_path / "store")
-    assert Engine(ModelStore(tmp_path / "store"), "cpu").default.codec.config.passes == 2
 
 
 def test_a_branch_that_an_ablation_silences_stays_silent(
@@ -408,41 +277,3 @@ def test_a_budget_is_not_spent_on_noise() -> None:
     assert 27.0 < float(rising.psnr_within(0.5) or 0) < 31.0
     assert rising.psnr_within(2.0) == 31.0
     assert rising.psnr_within(0.05) is None
-
-
-def test_an_average_is_exported_like_a_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = (run(photos, tmp_path / name, steps, monkeypatch) for name, steps in (("one", 2), ("other", 4)))
-    monkeypatch.setitem(CONFIGS, "tiny", TINY)
-    with pytest.raises(ValueError, match="sum to 1"):
-        average(other, [(0.5, one), (0.6, other)], tmp_path / "mean/checkpoint.pt")
-    mean = average(other, [(0.25, one), (0.75, other)], tmp_path / "mean/checkpoint.pt")
-    for name, value in read_weights(mean).items():
-        if value.is_floating_point():
-            wanted = 0.25 * read_weights(one)[name] + 0.75 * read_weights(other)[name]
-            assert torch.allclose(value, wanted, atol=1e-6), name
-    (tmp_path / "store").mkdir()
-    entry = export(mean, "tiny-1", tmp_path / "store")
-    assert "0.25 one/checkpoint.pt" in str(entry["training"])
-
-
-def test_a_recoded_model_gives_the_same_pictures_from_fewer_bytes(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo
-) -> None:
-    checkpoint = run(photos, tmp_path / "run", 4, monkeypatch)
-    monkeypatch.setitem(CONFIGS, "tiny", replace(TINY, skipped=3))
-    store = tmp_path / "store"
-    store.mkdir()
-    export(checkpoint, "tiny-1", store)
-    for path in photos.rglob("*.png"):
-        with Image.open(path) as image:
-            image.resize((256, 256)).save(path)
-    recode(store, "tiny-1", "tiny-2", photos, batches=4)
-    with pytest.raises(ValueError, match="does not have yet"):
-        recode(store, "tiny-1", "tiny-2", photos, batches=4)
-    engine = Engine(ModelStore(store), "cpu")
-    assert engine.default.entry.name == "tiny-2"
-    assert engine.default.entry.training["weights_of"] == "tiny-1"
-    before, after = engine.encode([EncodeJob(bikes, 6, "tiny-1"), EncodeJob(bikes, 6, "tiny-2")])
-    assert len(after.payload) < len(before.payload)
-    old, new = engine.decode([before, after])
-    assert float(np.abs(old.astype(int) - new).mean()) < 1
