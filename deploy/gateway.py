@@ -2,11 +2,12 @@
 
     python -m deploy.gateway FRAMES OUT --url http://limpid:8000 --max-bytes 40000 --camera http://cam/stream.mjpg
 
-A frame lies whole in the folder FRAMES before anything else happens to it, and leaves it only when its bitstream lies
-whole in OUT. So neither a restart of the service nor one of this gateway loses a frame: what is in FRAMES and not in
-OUT is still to do. Without --camera, another program (an FTP server, say) puts the frames there, and they stay there
-unless --delete is given. A frame that the service refuses goes to OUT/refused with the reason beside it. What is not
-the frame's fault (a wrong key or address, no answer in time) is logged, and the frame tried again.
+A frame lies whole in the folder FRAMES before anything else happens to it (it has not changed for --settle seconds),
+and leaves it only when its bitstream lies whole in OUT. So neither a restart of the service nor one of this gateway
+loses a frame: what is in FRAMES and not in OUT is still to do. Without --camera, another program (an FTP server, say)
+puts the frames there, and they stay there unless --delete is given. A frame that the service refuses goes to
+OUT/refused with the reason beside it. What is not the frame's fault (a wrong key or address, no answer in time) is
+logged, and the frame tried again.
 """
 
 from __future__ import annotations
@@ -107,17 +108,29 @@ async def parts(chunks: AsyncIterator[bytes], between: bytes) -> AsyncIterator[b
                 yield content.removesuffix(b"\r\n")
 
 
+State = tuple[int, int]
+"""Of a file: its size, and when it last changed."""
+
+
+def state_of(path: Path) -> State:
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
+
+
 class Gateway:
     """Sends what lies in `frames` and has no result in `out` yet, oldest name first, `at_once` frames at a time."""
 
-    def __init__(self, limpid: AsyncClient, frames: Path, out: Path, goal: Goal, at_once: int, delete: bool) -> None:
+    def __init__(
+        self, limpid: AsyncClient, frames: Path, out: Path, goal: Goal, at_once: int, delete: bool, settle: float = 0
+    ) -> None:
         self.limpid, self.frames, self.out, self.goal, self.delete = limpid, frames, out, goal, delete
         self.refused = out / "refused"
         self.refused.mkdir(parents=True, exist_ok=True)
         frames.mkdir(parents=True, exist_ok=True)
         self._room = asyncio.Semaphore(at_once)
         self._under_way: dict[str, asyncio.Task[None]] = {}
-        self._seen: dict[str, tuple[int, int]] = {}
+        self.settle = settle
+        self._seen: dict[str, tuple[State, float]] = {}
         if delete:
             self._delete_leftovers()
 
@@ -142,20 +155,22 @@ class Gateway:
             await asyncio.sleep(poll)
 
     def waiting(self) -> list[Path]:
-        """Frames to send: complete (unchanged since the last look), without a result, not refused, not under way."""
+        """Frames to send: complete (as they were `settle` seconds ago and at the last look), and without a result."""
         found = []
-        seen: dict[str, tuple[int, int]] = {}
+        seen: dict[str, tuple[State, float]] = {}
+        now = time.monotonic()
         for path in sorted(self.frames.iterdir()):
             if path.suffix.lower() not in PHOTO_ENDINGS or path.name.startswith(".") or path.name in self._under_way:
                 continue
             if any(result.exists() for result in self._results(path)):
                 continue
             try:
-                state = path.stat()
+                state = state_of(path)
             except FileNotFoundError:  # somebody took it away
                 continue
-            seen[path.name] = state.st_size, state.st_mtime_ns
-            if self._seen.get(path.name) == seen[path.name]:
+            before, since = self._seen.get(path.name, (None, now))
+            seen[path.name] = state, since if state == before else now
+            if state == before and now - since >= self.settle:
                 found.append(path)
         self._seen = seen
         return found
@@ -185,7 +200,11 @@ class Gateway:
 
     async def _send(self, path: Path) -> None:
         try:
+            state = state_of(path)
             done = await self.limpid.compress(path, **self.goal)
+            if state_of(path) != state:
+                log.warning("%s changed while it was sent, and is sent again", path.name)
+                return
             await asyncio.to_thread(write_whole, self._result(path), done.bitstream)
             said = {"frame": path.name, "bytes": len(done.bitstream), "rate": done.rate, "found": done.degradations}
             log.info(json.dumps(said))
@@ -193,8 +212,9 @@ class Gateway:
                 path.unlink()
         except LimpidError as error:
             if isinstance(error, RequestRefused) and error.kind not in BLAMELESS:
-                log.error("%s is refused: %s", path.name, error)
-                await self._refuse(path, f"{error}\n")
+                if state_of(path) == state:
+                    log.error("%s is refused: %s", path.name, error)
+                    await self._refuse(path, f"{error}\n")
             else:
                 log.warning("%s waits: %s", path.name, error)
                 await asyncio.sleep(PAUSE)
@@ -232,7 +252,8 @@ async def _main(args: argparse.Namespace) -> None:
     patience = Policy(deadline=args.deadline, attempts=ATTEMPTS)
     async with AsyncClient(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), patience) as limpid:
         delete = args.delete or bool(args.camera)
-        gateway = Gateway(limpid, args.frames, args.out, goal, args.at_once, delete)
+        settle = 0 if args.camera else args.settle  # the camera's frames are written whole
+        gateway = Gateway(limpid, args.frames, args.out, goal, args.at_once, delete, settle)
         camera = None
         if args.camera:
             camera = asyncio.create_task(_film(args.camera, args.every, args.frames, args.max_waiting))
@@ -255,6 +276,7 @@ def main() -> None:
     size.add_argument("--rate", type=int, help="rate point of every frame, 1 to 8")
     size.add_argument("--max-bytes", type=int, help="budget of one frame; takes about three times as long as a rate")
     size.add_argument("--target-bpp", type=float, help="the same in bits per pixel")
+    parser.add_argument("--settle", type=float, default=2, help="seconds for which a frame of the folder is unchanged")
     parser.add_argument("--deadline", type=float, default=60, help="seconds that a frame may take")
     parser.add_argument("--at-once", type=int, default=4, help="frames under way at a time")
     parser.add_argument(

@@ -243,6 +243,11 @@ def _weighted(header: str, prefix: str) -> dict[str, float]:
     return {name: float(value.strip().removeprefix(prefix)) for name, _, value in pairs}
 
 
+def _with_scheme(url: str) -> str:
+    """As curl reads it: http where nothing else is said."""
+    return url if "://" in url else f"http://{url}"
+
+
 def _headers(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
@@ -265,7 +270,7 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.policy = policy or Policy()
-        self._http = httpx.Client(base_url=url, headers=_headers(api_key), transport=transport)
+        self._http = httpx.Client(base_url=_with_scheme(url), headers=_headers(api_key), transport=transport)
 
     def __enter__(self) -> Client:
         return self
@@ -343,7 +348,7 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.policy = policy or Policy()
-        self._http = httpx.AsyncClient(base_url=url, headers=_headers(api_key), transport=transport)
+        self._http = httpx.AsyncClient(base_url=_with_scheme(url), headers=_headers(api_key), transport=transport)
 
     async def __aenter__(self) -> AsyncClient:
         return self

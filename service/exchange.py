@@ -197,15 +197,28 @@ class Exchange:
         return ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in self._seconds.items())
 
 
+def check_query(request: Request) -> None:
+    """Raises:
+    Problem: 400, a query parameter that the call does not have, or one given twice.
+    """
+    known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
+    for name in (given := request.query_params):
+        if name not in known:
+            raise Problem(MALFORMED, f"expected query parameters among {', '.join(sorted(known))}, got {name!r}")
+        if len(given.getlist(name)) > 1:
+            raise Problem(MALFORMED, f"{name}: expected one value, got {len(given.getlist(name))}")
+
+
 @asynccontextmanager
 async def exchange(request: Request, service: Service, operation: str) -> AsyncIterator[Exchange]:
     """Admit a request, before any of its body is read, and see it to its end.
 
     Raises:
-        Problem: 401, 429, 503 at once; 504 when the deadline passes.
+        Problem: 400, 401, 429, 503 at once; 504 when the deadline passes.
         ClientGone: the client hung up.
     """
     check_key(request, service.settings)
+    check_query(request)
     ready = service.require()
     timeout = timeout_of(request, service.settings)
     call = Exchange(request, service, ready, operation, time.monotonic() + timeout)
@@ -220,7 +233,8 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
         async with asyncio.timeout(timeout):
             yield call
     except TimeoutError:
-        raise Problem(DEADLINE, f"no answer within {timeout:g} seconds; it waited for: {call.phase}") from None
+        phase = "its turn, or the device" if call.phase == "queue" else call.phase
+        raise Problem(DEADLINE, f"no answer within {timeout:g} seconds; it waited for: {phase}") from None
     except (asyncio.CancelledError, ClientDisconnect) as error:
         if isinstance(error, asyncio.CancelledError):
             task = asyncio.current_task()

@@ -5,6 +5,7 @@ Plain ASGI, so that nothing is buffered here.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -13,7 +14,7 @@ import uuid
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import INTERNAL, TOO_LARGE, Problem, problem_of, problem_response
+from service.errors import DRAINING, INTERNAL, TOO_LARGE, Problem, problem_of, problem_response
 from service.metrics import Metrics
 
 log = logging.getLogger("limpid")
@@ -65,6 +66,11 @@ class RequestMiddleware:
                 await problem_response(problem, request)(scope, receive, counted_send)
             else:
                 await self.app(scope, limited_receive, counted_send)
+        except asyncio.CancelledError:  # by the server, whose grace after SIGTERM is over
+            if status:
+                raise
+            problem = Problem(DRAINING, "the service stopped before it could answer")
+            await problem_response(problem, request)(scope, receive, counted_send)
         except Exception as error:
             problem = problem_of(error)
             if problem.kind is INTERNAL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -14,9 +15,12 @@ from urllib.parse import urlsplit
 import httpx2
 import numpy as np
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from service.codec.bitstream import MEDIA_TYPE
 from service.engine import Photo
+from service.metrics import Metrics
+from service.middleware import RequestMiddleware
 from tests.conftest import image_bytes
 from tests.served import served
 
@@ -159,3 +163,30 @@ def test_the_log_is_one_json_object_per_request(tmp_path, parrots: Photo) -> Non
     assert (event["status"], event["path"], event["bytes_in"]) == (415, "/compress", 1)
     assert any(event["message"] == "ready" for event in events)
     assert any(event["message"] == "draining" for event in events)
+
+
+def test_a_request_that_the_server_gives_up_is_told_so() -> None:
+    """As uvicorn does when the grace after SIGTERM is over."""
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(60)
+
+    async def given_up() -> list[Message]:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b""}
+
+        scope = {"type": "http", "method": "POST", "path": "/compress", "headers": [], "query_string": b""}
+        call = asyncio.create_task(RequestMiddleware(endless, Metrics(), 1000)(scope, receive, send))
+        await asyncio.sleep(0.05)
+        call.cancel()
+        await call
+        return sent
+
+    start, body = asyncio.run(given_up())
+    assert start["status"] == 503
+    assert json.loads(body["body"])["type"] == "urn:limpid:problem:draining"

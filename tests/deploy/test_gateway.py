@@ -232,6 +232,34 @@ def test_only_what_the_frame_is_to_blame_for_refuses_it(
     assert (calls == 1) is refused
 
 
+def test_a_frame_whose_writer_pauses_is_not_lost(tmp_path: Path) -> None:
+    sent: list[bytes] = []
+    out, path = tmp_path / "out", tmp_path / "a.jpg"
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(await request.aread())
+        if len(sent) == 1:  # it goes on while the first part is under way
+            path.write_bytes(b"whole frame")
+        return httpx.Response(422, json={"type": "urn:limpid:problem:corrupt-image", "detail": "truncated"})
+
+    async def work() -> None:
+        async with AsyncClient("x", transport=httpx.MockTransport(answer)) as limpid:
+            gateway = Gateway(limpid, tmp_path, out, {}, 1, True, 0.2)
+            path.write_bytes(b"part")
+            assert gateway.waiting() == []
+            await asyncio.sleep(0.1)
+            assert gateway.waiting() == []
+            stop = asyncio.Event()
+            work = asyncio.create_task(gateway.run(stop, 0.02))
+            await asyncio.sleep(1.5)
+            stop.set()
+            await work
+
+    asyncio.run(work())
+    assert sent == [b"part", b"whole frame"]
+    assert (out / "refused/a.jpg").read_bytes() == b"whole frame"
+
+
 def test_a_part_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.gateway.LARGEST_FRAME", 1000)
 

@@ -343,6 +343,12 @@ def test_a_form_of_an_unreadable_charset_is_malformed(client: TestClient) -> Non
     problem(client.post("/compress", content=form, headers=kind), 400, "malformed-request")
 
 
+@pytest.mark.parametrize("query", ["max-bytes=4000", "rates=4", "quality=80", "rate=3&rate=5"])
+def test_a_parameter_that_means_nothing_is_not_overlooked(client: TestClient, query: str) -> None:
+    detail = problem(client.post(f"/compress?{query}", content=b"x"), 400, "malformed-request")
+    assert query.partition("=")[0] in detail
+
+
 def test_a_budget_needs_the_memory_of_one_photo(parrots: Photo) -> None:
     settings = Settings(max_queue_bytes=parrots.nbytes + 1000)
     with TestClient(create_app(settings, load_first=True)) as client:
