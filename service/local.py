@@ -64,12 +64,14 @@ class Local:
         count, times = pixels.shape[0] * pixels.shape[1], StageTimes()
         budget = budget_bytes(max_bytes, target_bpp, count)
         tried: dict[int, Bitstream] = {}
-        wanted = rate or DEFAULT_RATE if budget is None else next_rate({}, budget)
+        sizes: dict[int, int] = {}
+        wanted = rate or DEFAULT_RATE if budget is None else next_rate(sizes, budget)
         while wanted:
             self._expect(self._engine.model(model), 1)
             (tried[wanted],) = self._engine.encode([EncodeJob(pixels, wanted, model)], times)
-            wanted = None if budget is None else next_rate(_sizes(tried), budget)
-        chosen = next(iter(tried)) if budget is None else best_rate(_sizes(tried), budget)
+            sizes[wanted] = len(tried[wanted].to_bytes())
+            wanted = None if budget is None else next_rate(sizes, budget)
+        chosen = next(iter(tried)) if budget is None else best_rate(sizes, budget)
         data = tried[chosen].to_bytes()
         return Compressed(data, bpp=8 * len(data) / count, **self._common(tried[chosen], times))
 
@@ -95,7 +97,3 @@ class Local:
             "timing": {"transform": 1000 * times.transform, "entropy": 1000 * times.entropy},
             "request_id": "",
         }
-
-
-def _sizes(streams: dict[int, Bitstream]) -> dict[int, int]:
-    return {rate: len(stream.to_bytes()) for rate, stream in streams.items()}

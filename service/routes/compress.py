@@ -54,9 +54,9 @@ async def compress(
         budget = budget_bytes(max_bytes, target_bpp, pixels)
         if budget is None:
             stream = await _encode(call, EncodeJob(photo, rate or DEFAULT_RATE, name))
-            body = stream.to_bytes()
         else:
-            stream, body = await _within(budget, call, photo, name)
+            stream = await _within(budget, call, photo, name)
+        body = stream.to_bytes()
     bpp = 8 * len(body) / pixels
     metrics = service.metrics
     metrics.pixels.labels("compress", name).inc(pixels)
@@ -86,18 +86,15 @@ async def _encode(call: Exchange, job: EncodeJob) -> Bitstream:
     return cast(Bitstream, stream)
 
 
-async def _within(budget: int, call: Exchange, photo: Photo, model: str) -> tuple[Bitstream, bytes]:
+async def _within(budget: int, call: Exchange, photo: Photo, model: str) -> Bitstream:
     """The best rate point that fits `budget` bytes.
 
     Raises:
         UnmeetableBudget: even rate point 1 does not fit.
     """
     streams: dict[int, Bitstream] = {}
-    bodies: dict[int, bytes] = {}
     sizes: dict[int, int] = {}
     while rate := next_rate(sizes, budget):
         streams[rate] = await _encode(call, EncodeJob(photo, rate, model))
-        bodies[rate] = streams[rate].to_bytes()
-        sizes[rate] = len(bodies[rate])
-    best = best_rate(sizes, budget)
-    return streams[best], bodies[best]
+        sizes[rate] = len(streams[rate].to_bytes())
+    return streams[best_rate(sizes, budget)]

@@ -39,6 +39,7 @@ from service.engine import EncodeJob, Engine, StageTimes
 from service.store import ModelStore
 from tests.bench.load import upload
 from tests.bench.machine import machine
+from tests.bench.speed import by_turns
 
 SIZE, RATE = "base", 4
 RESULT = Path(__file__).parent / "results" / "gpu.json"
@@ -70,46 +71,43 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def seconds_on(device: torch.device, call: Callable[[], object], at_least: float) -> float:
-    """Seconds of a call, the mean of as many as fill the time, after two to warm up."""
+def awaited(device: torch.device, call: Callable[[], object]) -> Callable[[], object]:
+    """The call, and what it leaves under way on a GPU."""
 
-    def wait() -> None:
+    def work() -> None:
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    for _ in range(2):
-        call()
-    wait()
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < at_least:
-        call()
-        wait()
-        count += 1
-    return (time.perf_counter() - started) / count
+    return work
 
 
-def limits(engine: Engine, side: int, seconds: float) -> Figures:
+def limits(engine: Engine, side: int) -> Figures:
     """FLOP/s of a bare matrix product in the engine's precision, and bytes/s that a bare copy reads and writes."""
     a = torch.rand(side, side, device=engine.device).to(getattr(torch, engine.precision))
     x = torch.rand(2**26, device=engine.device)
     y = torch.empty_like(x)
-    product, copy = (seconds_on(engine.device, call, seconds) for call in (lambda: a @ a, lambda: y.copy_(x)))
-    return {"matrix_flops": 2.0 * side**3 / product, "copy_bytes": 2.0 * x.numel() * x.element_size() / copy}
+    calls: dict[str, Callable[[], object]] = {"product": lambda: a @ a, "copy": lambda: y.copy_(x)}
+    took = by_turns({name: awaited(engine.device, call) for name, call in calls.items()})
+    moved = 2.0 * x.numel() * x.element_size()
+    return {"matrix_flops": 2.0 * side**3 / took["product"], "copy_bytes": moved / took["copy"]}
 
 
-def transforms(engine: Engine, batch: int, side: int, seconds: float) -> dict[str, Figures]:
+def transforms(engine: Engine, batch: int, side: int) -> dict[str, Figures]:
     """Seconds of g_a and g_s on a batch, and the least that the card's arithmetic and its memory would allow."""
     codec, macs = engine.default.codec, cost(CONFIGS[SIZE])
     photo, _ = upload()
     rate = torch.full((batch,), RATE - 1, device=engine.device)
     x = as_tensor(photo).to(engine.device).expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
     y_hat = codec.g_a(x, rate).round()
-    bare, pixels, found = limits(engine, side, seconds), batch * photo.shape[0] * photo.shape[1], {}
-    for name, part, seen, kmacs in (("g_a", codec.g_a, x, macs.encoder), ("g_s", codec.g_s, y_hat, macs.decoder)):
+    bare, pixels, found = limits(engine, side), batch * photo.shape[0] * photo.shape[1], {}
+    each = (("g_a", codec.g_a, x, macs.encoder), ("g_s", codec.g_s, y_hat, macs.decoder))
+    took = by_turns({name: awaited(engine.device, partial(part, seen, rate)) for name, part, seen, _ in each})
+    for name, part, seen, kmacs in each:
         with Traffic() as traffic:
             part(seen, rate)
         found[name] = {
-            "seconds": seconds_on(engine.device, partial(part, seen, rate), seconds),
+            "seconds": took[name],
             "arithmetic_seconds": 2e3 * kmacs * pixels / bare["matrix_flops"],
             "memory_seconds": traffic.bytes / bare["copy_bytes"],
         }
@@ -185,7 +183,7 @@ def main() -> None:
         return
     engine = engine_of(SIZE, args.device)
     side = 2048 if device.type == "cpu" else 8192
-    parts = engine.on_device(lambda: transforms(engine, args.batch, side, args.seconds / 8))
+    parts = engine.on_device(lambda: transforms(engine, args.batch, side))
     ways = end_to_end(engine, args.batch, args.seconds)
     for way, found in ways.items():
         told = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if name != "photos_per_second")

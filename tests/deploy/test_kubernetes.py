@@ -16,6 +16,7 @@ BASE = ROOT / "deploy" / "kubernetes" / "base"
 OVERLAYS = sorted((BASE.parent / "overlays").iterdir())
 MONITORING = BASE.parent / "monitoring"
 VERSIONS = ("1.29", "1.33")
+
 Manifest = dict[str, Any]
 
 
