@@ -26,6 +26,7 @@ from typing import TypedDict
 
 import httpx
 
+from service.cli import positive
 from service.client import AsyncClient, LimpidError, Policy, RequestRefused
 from service.files import PHOTO_ENDINGS, write_whole
 
@@ -244,13 +245,24 @@ async def _film(url: str, every: float, frames: Path, max_waiting: int) -> None:
             log.error("a frame cannot be kept: %s", error)
 
 
+async def _greet(url: str, api_key: str | None) -> None:
+    """Say at once what a frame would tell only at its deadline: that no service answers there, or not to this key."""
+    try:
+        async with AsyncClient(url, api_key, Policy(deadline=5, attempts=1)) as limpid:
+            models = (await limpid.variants())["models"]
+            log.info("%s serves %s", url, ", ".join(model["name"] for model in models))
+    except LimpidError as error:
+        log.warning("%s: %s; frames wait for it", url, error)
+
+
 async def _main(args: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     goal = Goal(rate=args.rate, max_bytes=args.max_bytes, target_bpp=args.target_bpp)
     patience = Policy(deadline=args.deadline, attempts=ATTEMPTS)
-    async with AsyncClient(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), patience) as limpid:
+    api_key = args.api_key or os.environ.get("LIMPID_API_KEY")
+    async with AsyncClient(args.url, api_key, patience) as limpid:
         delete = args.delete or bool(args.camera)
         settle = 0 if args.camera else args.settle  # the camera's frames are written whole
         gateway = Gateway(limpid, args.frames, args.out, goal, args.at_once, delete, settle)
@@ -258,7 +270,9 @@ async def _main(args: argparse.Namespace) -> None:
         if args.camera:
             camera = asyncio.create_task(_film(args.camera, args.every, args.frames, args.max_waiting))
             camera.add_done_callback(lambda _: stop.set())  # a gateway that films no more shall end, and be restarted
+        greeting = asyncio.create_task(_greet(args.url, api_key))
         await gateway.run(stop)
+        greeting.cancel()
         if camera and camera.done():
             camera.result()
         elif camera:
@@ -273,17 +287,21 @@ def main() -> None:
     parser.add_argument("--url", required=True, help="the service")
     parser.add_argument("--api-key", help="where the service wants one, else LIMPID_API_KEY")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--rate", type=int, help="rate point of every frame, 1 to 8")
-    size.add_argument("--max-bytes", type=int, help="budget of one frame; takes about three times as long as a rate")
-    size.add_argument("--target-bpp", type=float, help="the same in bits per pixel")
+    size.add_argument("--rate", type=int, choices=range(1, 9), metavar="1..8", help="rate point of every frame")
+    size.add_argument(
+        "--max-bytes", type=positive(int), help="budget of one frame; takes about three times as long as a rate"
+    )
+    size.add_argument("--target-bpp", type=positive(float), help="the same in bits per pixel")
     parser.add_argument("--settle", type=float, default=2, help="seconds for which a frame of the folder is unchanged")
-    parser.add_argument("--deadline", type=float, default=60, help="seconds that a frame may take")
-    parser.add_argument("--at-once", type=int, default=4, help="frames under way at a time")
+    parser.add_argument("--deadline", type=positive(float), default=60, help="seconds that a frame may take")
+    parser.add_argument("--at-once", type=positive(int), default=4, help="frames under way at a time")
     parser.add_argument(
         "--camera", metavar="URL", help="an MJPEG stream or a JPEG snapshot; its frames are then deleted"
     )
-    parser.add_argument("--every", type=float, default=1.0, help="seconds between snapshots")
-    parser.add_argument("--max-waiting", type=int, default=10_000, help="frames of the camera kept while they wait")
+    parser.add_argument("--every", type=positive(float), default=1.0, help="seconds between snapshots")
+    parser.add_argument(
+        "--max-waiting", type=positive(int), default=10_000, help="frames of the camera kept while they wait"
+    )
     parser.add_argument("--delete", action="store_true", help="delete a frame once its bitstream is written")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -16,6 +16,7 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -156,7 +157,9 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
         yield
         loading.cancel()
 
-    app = FastAPI(
+    app = FastAPIOffline(
+        redoc_url=None,
+        static_url="/docs-files",
         title="Limpid",
         version=__version__,
         description="Compress a degraded photo to a small bitstream; get the clean photo back.",

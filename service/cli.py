@@ -10,17 +10,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from service.client import Client, LimpidError
-from service.files import PHOTO_ENDINGS, Pair, pair_up, sources, write_whole
+from service.files import PHOTO_ENDINGS, Pair, overlooked, pair_up, sources, write_whole
 from service.imaging import OutputFormat
 from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.local import Local
+
+Number = TypeVar("Number", int, float)
 
 ERRORS = (ValueError, OSError, MemoryError, LimpidError)
 LOCAL_AT_ONCE, REMOTE_AT_ONCE = 2, 8
@@ -108,6 +111,8 @@ def _words(error: BaseException) -> str:
 
 def _compress(args: argparse.Namespace, settings: Settings) -> int:
     pairs = pair_up(args.inputs, args.output, takes=PHOTO_ENDINGS, gives=".lmp")
+    for file in overlooked(args.inputs, PHOTO_ENDINGS):
+        print(f"limpid: {file} is left out, of an image only {', '.join(PHOTO_ENDINGS)}", file=sys.stderr)
     with closing(_codec(args, settings)) as codec:
 
         def work(data: bytes, _: Path) -> tuple[bytes, str]:
@@ -126,6 +131,8 @@ def _decompress(args: argparse.Namespace, settings: Settings) -> int:
     if chosen not in formats:
         raise ValueError(f"expected an output name that ends in one of {', '.join(formats)}, got {args.output}")
     output = formats[chosen]
+    if formats.get(named, output) is not output:
+        raise ValueError(f"expected an output name that goes with --format {args.format}, got {args.output}")
     if args.quality is not None and output.default_quality is None:
         raise ValueError(f"expected --quality only with a lossy format, got it with {output.name}")
     pairs = pair_up(args.inputs, args.output, takes=(".lmp",), gives=chosen)
@@ -212,6 +219,19 @@ def _default(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def positive(kind: type[Number]) -> Callable[[str], Number]:
+    """For argparse: reads an int or a float above zero."""
+
+    def number(text: str) -> Number:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    number.__name__ = f"positive {'whole number' if kind is int else 'number'}"  # argparse says it of what is none
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="limpid", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -229,8 +249,10 @@ def _parser() -> argparse.ArgumentParser:
     compress = commands.add_parser("compress", help="photos to bitstreams", parents=[files, remote])
     size = compress.add_mutually_exclusive_group()
     size.add_argument("--rate", type=int, choices=range(1, 9), metavar="1..8", help="rate point, 4 by default")
-    size.add_argument("--max-bytes", type=int, metavar="N", help="best rate point of at most so many bytes")
-    size.add_argument("--target-bpp", type=float, metavar="F", help="best rate point of at most so many bits per pixel")
+    size.add_argument("--max-bytes", type=positive(int), metavar="N", help="best rate point of at most so many bytes")
+    size.add_argument(
+        "--target-bpp", type=positive(float), metavar="F", help="best rate point of at most so many bits per pixel"
+    )
     compress.add_argument("--model", help="name of a model, see variants")
     compress.set_defaults(run=_compress)
     decompress = commands.add_parser("decompress", help="bitstreams to clean photos", parents=[files, remote])
@@ -261,6 +283,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _variable(place: tuple[int | str, ...]) -> str:
+    """The environment variable of a setting."""
+    return f"LIMPID_{place[0]}".upper() if place else "LIMPID_*"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
@@ -270,6 +297,13 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args, Settings()))
+    except ValidationError as error:
+        for wrong in error.errors():
+            print(f"limpid: {_variable(wrong['loc'])}: {wrong['msg']}, got {wrong['input']!r}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read standard output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ERRORS as error:
         print(f"limpid: {error}", file=sys.stderr)
         return 1

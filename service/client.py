@@ -125,6 +125,8 @@ class _Call:
     attempt: int = 0
 
     def __post_init__(self) -> None:
+        if self.body is not None and not (isinstance(self.body, bytes | Path) or callable(self.body)):
+            raise TypeError(f"expected bytes, a Path or a function that gives chunks, got {type(self.body).__name__}")
         self._ends = self.clock() + self.policy.deadline
 
     def left(self) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import mimetypes
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,8 @@ def pair_up(inputs: Sequence[str], output: str | None, *, takes: Iterable[str], 
         output: a folder; a file's name that ends in something, for one input alone; `-` for standard output; or None:
             beside each input, and standard output for standard input.
         takes: endings of files to pick from folders, such as `.lmp`.
-        gives: ending of the results. The results of a folder's files keep their places below it.
+        gives: ending of the results. The results of a folder's files keep their places below it; those of files that
+            differ in nothing but their ending, such as a.jpg and a.png, keep that too: a.jpg.lmp and a.png.lmp.
 
     Raises:
         ValueError: nothing to read, one place for several results, or a pipe among files.
@@ -92,14 +95,24 @@ def pair_up(inputs: Sequence[str], output: str | None, *, takes: Iterable[str], 
         return [Pair(first, Path(output))]
     pairs: list[Pair] = []
     taken: dict[Path, Path] = {}
-    for source, below in found:
-        assert source  # standard input comes alone
-        target = (Path(output) / below if output else source).with_suffix(gives)
+    files = [(source, Path(output) / below if output else source) for source, below in found if source]
+    wanted = Counter(place.with_suffix(gives) for place in {place for _, place in files})
+    for source, place in files:
+        target = place.with_suffix(gives)
+        if wanted[target] > 1:
+            target = place.with_name(f"{place.name}{gives}")
         if target in taken:
             raise ValueError(f"both {taken[target]} and {source} would become {target}; give them in two calls")
         taken[target] = source
         pairs.append(Pair(source, target))
     return pairs
+
+
+def overlooked(inputs: Sequence[str], takes: Iterable[str]) -> list[Path]:
+    """The images in the folders among `inputs`, by their names, that no ending of `takes` picks."""
+    endings, folders = frozenset(takes), [Path(text) for text in inputs if Path(text).is_dir()]
+    files = (file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix.lower() not in endings)
+    return [file for file in files if (mimetypes.guess_type(file.name)[0] or "").startswith("image/")]
 
 
 def _find(inputs: Sequence[str], takes: Iterable[str]) -> list[tuple[Path | None, Path]]:

@@ -70,7 +70,9 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
     """
     try:
         image = Image.open(io.BytesIO(data), formats=INPUT_FORMATS)
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
+        if name := _begins_like(data):
+            raise CorruptImage(f"the {name} file is damaged or cut short") from error
         raise NotAnImage(
             f"expected an image ({', '.join(INPUT_FORMATS)}), got {len(data)} bytes of something else"
         ) from None
@@ -85,6 +87,12 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
             raise
         except Exception as error:
             raise CorruptImage(f"the {image.format} file is damaged: {error}") from error
+
+
+def _begins_like(data: bytes) -> str | None:
+    """The supported format whose signature the bytes bear, as Pillow's plugins know it."""
+    accepts = {name: Image.OPEN[name][1] for name in INPUT_FORMATS}
+    return next((name for name, accept in accepts.items() if accept and accept(data[:16]) is True), None)
 
 
 def _upright(image: Image.Image) -> Image.Image:

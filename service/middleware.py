@@ -26,7 +26,8 @@ OPERATIONS = {"/compress": "compress", "/decompress": "decompress"}
 class RequestMiddleware:
     """Gives each request an id, cuts bodies at `max_body_bytes`, counts and logs what was answered.
 
-    The id is the client's `X-Request-ID` where that is at most 64 letters, digits, dots, dashes and underscores.
+    The id is the client's `X-Request-ID` where that is at most 64 letters, digits, dots, dashes and underscores. HEAD
+    is answered as GET without the body (RFC 9110, section 9.3.2).
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
@@ -41,6 +42,7 @@ class RequestMiddleware:
         request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
         request.state.request_id = request_id
         operation = OPERATIONS.get(scope["path"], "other")
+        head_only = scope["method"] == "HEAD"
         started, received, answered, status = time.perf_counter(), 0, 0, 0
 
         async def limited_receive() -> Message:
@@ -56,6 +58,8 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            elif head_only:
+                message["body"] = b""
             answered += len(message.get("body", b""))
             await send(message)
 
@@ -65,7 +69,8 @@ class RequestMiddleware:
                 problem = Problem(TOO_LARGE, f"expected at most {self.max_body_bytes} bytes of body, got {stated}")
                 await problem_response(problem, request)(scope, receive, counted_send)
             else:
-                await self.app(scope, limited_receive, counted_send)
+                asked = {**scope, "method": "GET"} if head_only else scope
+                await self.app(asked, limited_receive, counted_send)
         except asyncio.CancelledError:  # by the server, whose grace after SIGTERM is over
             if status:
                 raise

@@ -21,6 +21,7 @@ from tests.conftest import copied_store, image_bytes, noisy, other_store
 from tests.served import served
 
 Lines = pytest.CaptureFixture[str]
+LIMPID = [sys.executable, "-m", "service"]
 
 
 def test_compress_and_decompress_files(tmp_path: Path, parrots: Photo, capsys: Lines) -> None:
@@ -96,7 +97,7 @@ def test_progress_within_one_photo_ends_at_its_total(bikes: Photo) -> None:
 
 def test_pipes(parrots: Photo) -> None:
     def limpid(*args: str, given: bytes) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run([sys.executable, "-m", "service", *args], input=given, capture_output=True)
+        return subprocess.run([*LIMPID, *args], input=given, capture_output=True)
 
     stream = limpid("compress", "-", given=image_bytes(parrots)).stdout
     picture = limpid("decompress", "-", "-o", "-", given=stream).stdout
@@ -148,14 +149,16 @@ def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: Lines) -> None
         ["decompress", str(tmp_path / "in.png")],
         ["decompress", str(tmp_path / "missing"), "-o", str(tmp_path / "a.png")],
         ["decompress", str(tmp_path / "missing"), "-o", str(tmp_path / "a.gif")],
+        ["decompress", str(tmp_path / "missing"), "-o", str(tmp_path / "a.png"), "--format", "webp"],
     ):
         assert main(args) == 1
         said = capsys.readouterr().err
         assert said.startswith("limpid: ")
         assert len(said.splitlines()) == 1
-    with pytest.raises(SystemExit) as stopped:
-        main(["compress", "a.png", "--rate", "9"])
-    assert stopped.value.code == 2
+    for wrong in (["--rate", "9"], ["--max-bytes", "0"], ["--target-bpp", "nan"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["compress", "a.png", *wrong])
+        assert stopped.value.code == 2
 
 
 def test_store_commands_verify_add_and_choose(tmp_path: Path, capsys: Lines) -> None:
@@ -179,7 +182,16 @@ def test_variants_lists_the_store(capsys: Lines) -> None:
 def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Lines) -> None:
     monkeypatch.setenv("LIMPID_MAX_PIXELS", "many")
     assert main(["variants"]) == 1
-    assert "max_pixels" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("limpid: LIMPID_MAX_PIXELS: ")
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
+    listing = subprocess.Popen([*LIMPID, "variants"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert listing.stdout
+    assert listing.stderr
+    listing.stdout.close()
+    assert listing.wait(60) == 1
+    assert listing.stderr.read() == b""
 
 
 def test_the_server_starts_answers_and_stops(parrots: Photo) -> None:

@@ -152,6 +152,11 @@ def test_retry_after_is_obeyed_and_never_past_the_deadline() -> None:
     assert time.monotonic() - started < 1
 
 
+def test_a_name_is_no_upload() -> None:
+    with Client("http://limpid") as limpid, pytest.raises(TypeError, match="got str"):
+        limpid.compress("photo.jpg")  # type: ignore[arg-type]
+
+
 def test_retry_after_is_read_as_seconds_or_date() -> None:
     assert retry_after("3") == 3
     assert 8 < retry_after(formatdate(time.time() + 10, usegmt=True)) <= 10

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.files import Pair, pair_up, write_whole
+from service.files import Pair, overlooked, pair_up, write_whole
 
 
 @pytest.fixture
@@ -36,6 +36,20 @@ def test_results_lie_beside_their_inputs_or_in_the_folder_that_is_named() -> Non
     ]
     assert pairs("**/*.jpg", "a.jpg") == [("a.jpg", "a.lmp"), ("deep/c.jpg", "deep/c.lmp")]
     assert pairs("missing.jpg") == [("missing.jpg", "missing.lmp")]  # reading it says that it is missing
+
+
+def test_files_of_one_stem_keep_their_endings(here: Path) -> None:
+    (here / "a.png").touch()
+    assert pairs("a.jpg", "a.png", "b.PNG") == [
+        ("a.jpg", "a.jpg.lmp"),
+        ("a.png", "a.png.lmp"),
+        ("b.PNG", "b.lmp"),
+    ]
+
+
+def test_images_of_other_formats_are_told_not_other_files(here: Path) -> None:
+    (here / "deep" / "d.gif").touch()
+    assert overlooked([".", "a.jpg"], (".jpg", ".png")) == [Path("deep/d.gif")]
 
 
 @pytest.mark.usefixtures("here")

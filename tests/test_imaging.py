@@ -119,7 +119,7 @@ def test_an_icc_profile_is_converted_to_srgb() -> None:
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_truncated_image_is_a_clear_error(parrots: Photo, format: str, share: float) -> None:
     data = image_bytes(parrots, format)
-    with pytest.raises((CorruptImage, NotAnImage)):
+    with pytest.raises(CorruptImage, match="damaged"):
         read_photo(data[: int(share * len(data))], LIMIT)
 
 

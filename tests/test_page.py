@@ -171,6 +171,8 @@ def test_a_bitstream_file_opens_directly(page: playwright.Page, bikes: Photo, ba
     assert saved(page, "#save-photo")[0] == "from-elsewhere-clean.png"
     upload(page, "cut.lmp", data[:50], "application/octet-stream")
     playwright.expect(page.locator("#error")).to_contain_text("orrupt bitstream")
+    playwright.expect(page.locator("#downloads")).to_be_hidden()
+    playwright.expect(page.locator("#facts")).to_be_hidden()
 
 
 def test_a_photo_can_be_dropped_and_pasted(page: playwright.Page) -> None:

@@ -17,6 +17,7 @@ function complain(error) {
   if (error.name === "AbortError") return;
   $("error").textContent = error instanceof Refused ? error.message : `This browser cannot open it: ${error.message}`;
   $("error").hidden = false;
+  $("facts").hidden = $("downloads").hidden = true; // they were of another photo
   say("");
   if (error.status === 401) {
     $("key-field").hidden = false;
@@ -95,6 +96,7 @@ const process = () => photo && run(async signal => {
 
 const openStream = stream => run(async signal => {
   photo = null;
+  showPictures(null, null);
   say("Decompressing...");
   const restored = await decompress(stream, key(), signal);
   const after = await createImageBitmap(restored.photo);

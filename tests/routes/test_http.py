@@ -271,7 +271,13 @@ def test_variants_say_what_was_measured(client: TestClient) -> None:
 def test_health_docs_and_metrics(client: TestClient, bikes: Photo) -> None:
     assert client.get("/livez").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready"}
-    assert client.get("/docs").status_code == 200
+    documentation = client.get("/docs").text
+    files = re.findall(r'(?:src|href)="([^"]+)"', documentation)
+    assert len(files) == 3
+    assert all(client.head(file).status_code == 200 for file in files)  # none from elsewhere
+    head, whole = client.head("/variants"), client.get("/variants")
+    assert head.content == b""
+    assert head.headers["content-length"] == str(len(whole.content))
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/compress", "/decompress", "/variants", "/livez", "/readyz", "/metrics"} <= paths.keys()
 
