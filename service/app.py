@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import cast
@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from service import __version__
 from service.batching import Batcher, DeviceBroken, Events, Limits
 from service.codec.bitstream import Bitstream, DegradationKind
+from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, StageTimes
 from service.errors import INTERNAL, KINDS, Problem, problem_of, problem_response
 from service.exchange import CLIENT_GONE, PHASES, ClientGone
@@ -102,6 +103,17 @@ async def reload_store(service: Service) -> None:
     log.info("store reloaded", extra={"fields": {"added": added, "default": engine.default.entry.name}})
 
 
+class _Awaited(Watch):
+    """Ends work for which nobody waits: its clients hung up, or their deadlines passed."""
+
+    def __init__(self, awaited: Callable[[], bool]) -> None:
+        self._awaited = awaited
+
+    def step(self) -> None:
+        if not self._awaited():
+            raise RuntimeError("nobody waits for it any more")
+
+
 def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
     settings, metrics = service.settings, service.metrics
     limits = Limits(
@@ -113,19 +125,19 @@ def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
     )
     threads = ThreadPoolExecutor(limits.in_flight, thread_name_prefix="engine")
 
-    def run(items: Sequence[Work]) -> Sequence[Product]:
-        times = StageTimes()
+    def run(items: Sequence[Work], awaited: Callable[[], bool]) -> Sequence[Product]:
+        times, watch = StageTimes(), _Awaited(awaited)
         try:
             if isinstance(items[0], EncodeJob):
-                streams = engine.encode([item for item in items if isinstance(item, EncodeJob)], times)
+                streams = engine.encode([item for item in items if isinstance(item, EncodeJob)], times, watch)
                 return [(stream, times) for stream in streams]
-            photos = engine.decode([item for item in items if isinstance(item, Bitstream)], times)
+            photos = engine.decode([item for item in items if isinstance(item, Bitstream)], times, watch)
             return [(photo, times) for photo in photos]
         except DeviceFailure as error:
             raise DeviceBroken(str(error)) from error
 
-    async def runner(_: Hashable, items: Sequence[Work]) -> Sequence[Product]:
-        return await asyncio.get_running_loop().run_in_executor(threads, run, items)
+    async def runner(_: Hashable, items: Sequence[Work], awaited: Callable[[], bool]) -> Sequence[Product]:
+        return await asyncio.get_running_loop().run_in_executor(threads, run, items, awaited)
 
     def launched(key: Hashable, items: int) -> None:
         operation, model, _ = cast(tuple[str, str, object], key)

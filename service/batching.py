@@ -4,6 +4,7 @@ It is work-conserving: while the device is busy, items gather in buckets of equa
 the oldest head goes, first in first out, up to the caps. No timer forms a batch before the device is free, so batches
 grow with the load by themselves. A batch that fails is halved and tried again until the bad item stands alone. The
 queue is bounded in items and in bytes, and what was cancelled or came too late is dropped just before launch.
+A batch for which nobody waits any more can tell so, and end early.
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ class Batcher(Generic[Item, Result]):
     """Forms batches and hands them to the runner.
 
     Args:
-        runner: takes a key and items of that key, returns their results in order. Raises `DeviceBroken` when the
-            device is gone, anything else when the batch failed.
+        runner: takes a key, items of that key, and a function that tells, in any thread, whether anybody still
+            waits for one of them. Returns their results in order. Raises `DeviceBroken` when the device is gone,
+            anything else when the batch failed or nobody waits.
         limits: the caps.
         clock: seconds, monotonic; deadlines are on this clock.
         events: callbacks for metrics.
@@ -97,7 +99,7 @@ class Batcher(Generic[Item, Result]):
 
     def __init__(
         self,
-        runner: Callable[[Hashable, Sequence[Item]], Awaitable[Sequence[Result]]],
+        runner: Callable[[Hashable, Sequence[Item], Callable[[], bool]], Awaitable[Sequence[Result]]],
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
         events: Events | None = None,
@@ -232,12 +234,14 @@ class Batcher(Generic[Item, Result]):
 
     async def _attempt(self, key: Hashable, batch: list[_Entry[Item, Result]], launched: float) -> None:
         try:
-            results = await self._runner(key, [entry.item for entry in batch])
+            results = await self._runner(key, [entry.item for entry in batch], lambda: _awaited(batch))
             if len(results) != len(batch):
                 raise RuntimeError(f"the runner gave {len(results)} results for {len(batch)} items")
         except DeviceBroken as error:
             self._break(error, batch)
         except Exception as error:
+            if not _awaited(batch):
+                return
             if len(batch) == 1:
                 _fail(batch[0], error)
                 return
@@ -263,6 +267,10 @@ class Batcher(Generic[Item, Result]):
             self._count(entry, -1)
         for entry in batch + waiting:
             _fail(entry, error)
+
+
+def _awaited(batch: Sequence[_Entry[Item, Result]]) -> bool:
+    return not all(entry.future.done() for entry in batch)
 
 
 def _fail(entry: _Entry[Item, Result], error: Exception) -> None:

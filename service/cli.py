@@ -90,6 +90,10 @@ def _run(
                 tqdm.write(f"limpid: {pair.source or 'standard input'}: {_words(error)}", file=sys.stderr)
             if not alone:
                 bar.update()
+    except KeyboardInterrupt:
+        if not isinstance(codec, Client):
+            codec.give_up()
+        raise
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)

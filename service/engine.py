@@ -28,7 +28,15 @@ from service.codec.bitstream import Bitstream, BitstreamError, CorruptBitstream,
 from service.codec.config import RATE_POINTS
 from service.codec.device import keep_heap, pick_device, release_heap, transform_precision
 from service.codec.rans import CorruptPayload
-from service.codec.shipped import Coded, LatentSymbols, ShippedCodec, latent_size, pad_to_stride, padded_pixels
+from service.codec.shipped import (
+    Coded,
+    LatentSymbols,
+    ShippedCodec,
+    Watch,
+    latent_size,
+    pad_to_stride,
+    padded_pixels,
+)
 from service.store import ModelEntry, ModelStore, StoreError
 
 T = TypeVar("T")
@@ -204,8 +212,10 @@ class Engine:
         for name in self.models if names is None else names:
             self.decode(self.encode([EncodeJob(photo, rate, name) for rate in range(1, RATE_POINTS + 1)]))
 
-    def encode(self, jobs: Sequence[EncodeJob], times: StageTimes | None = None) -> list[Bitstream]:
-        """Compress photos of any sizes and rates; results in the order of the jobs.
+    def encode(
+        self, jobs: Sequence[EncodeJob], times: StageTimes | None = None, watch: Watch | None = None
+    ) -> list[Bitstream]:
+        """Compress photos of any sizes and rates; results in the order of the jobs. `watch` follows it, and may end it.
 
         Raises:
             UnknownModel: a job names a model that the store does not hold.
@@ -219,13 +229,16 @@ class Engine:
         models = [self.model(job.model) for job in jobs]
 
         def group(indexes: list[int]) -> list[Bitstream]:
-            return self._encode_group(models[indexes[0]], [jobs[index] for index in indexes], times or StageTimes())
+            chosen = [jobs[index] for index in indexes]
+            return self._encode_group(models[indexes[0]], chosen, times or StageTimes(), watch or Watch())
 
         sizes = [latent_size(*job.photo.shape[:2]) for job in jobs]
         return self._grouped([(id(model), size) for model, size in zip(models, sizes)], group)
 
-    def decode(self, streams: Sequence[Bitstream], times: StageTimes | None = None) -> list[Photo]:
-        """Restore photos from streams of any sizes, rates and models; results in order.
+    def decode(
+        self, streams: Sequence[Bitstream], times: StageTimes | None = None, watch: Watch | None = None
+    ) -> list[Photo]:
+        """Restore photos from streams of any sizes, rates and models; results in order. `watch` as in `encode`.
 
         Raises:
             UnknownModel: a stream's model is not in the store.
@@ -234,7 +247,8 @@ class Engine:
         models = [self.model_of(stream) for stream in streams]
 
         def group(indexes: list[int]) -> list[Photo]:
-            return self._decode_group(models[indexes[0]], [streams[index] for index in indexes], times or StageTimes())
+            chosen = [streams[index] for index in indexes]
+            return self._decode_group(models[indexes[0]], chosen, times or StageTimes(), watch or Watch())
 
         sizes = [latent_size(stream.height, stream.width) for stream in streams]
         return self._grouped([(id(model), size) for model, size in zip(models, sizes)], group)
@@ -269,10 +283,11 @@ class Engine:
         size = count if self.device.type != "cpu" else max(1, CPU_PIXELS // pixels)
         return [slice(start, start + size) for start in range(0, count, size)]
 
-    def _encode_group(self, model: Model, jobs: list[EncodeJob], times: StageTimes) -> list[Bitstream]:
+    def _encode_group(self, model: Model, jobs: list[EncodeJob], times: StageTimes, watch: Watch) -> list[Bitstream]:
         codec, streams = model.codec, []
 
         def transform(part: Sequence[EncodeJob]) -> tuple[list[LatentSymbols], list[tuple[Degradation, ...]]]:
+            codec.watch(watch)
             with times.measure("transform"):
                 rate = torch.tensor([job.rate - 1 for job in part], device=self.device)
                 padded = [self._padded(job.photo) for job in part]
@@ -297,11 +312,12 @@ class Engine:
         x = torch.from_numpy(np.array(photo)).to(self.device).permute(2, 0, 1)[None].float().div_(255)
         return pad_to_stride(x)
 
-    def _decode_group(self, model: Model, streams: list[Bitstream], times: StageTimes) -> list[Photo]:
+    def _decode_group(self, model: Model, streams: list[Bitstream], times: StageTimes, watch: Watch) -> list[Photo]:
         codec, photos = model.codec, []
         h, w = latent_size(streams[0].height, streams[0].width)
 
         def transform(y_hat: Tensor, rate: Tensor) -> NDArray[np.uint8]:
+            codec.watch(watch)
             with times.measure("transform"):
                 x_hat = codec.synthesise(y_hat, rate)
                 pixels: NDArray[np.uint8] = x_hat.mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

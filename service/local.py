@@ -8,13 +8,18 @@ from typing import Any
 from service.budget import DEFAULT_RATE, best_rate, budget_bytes, next_rate
 from service.client import Compressed, Restored
 from service.codec.bitstream import Bitstream
-from service.engine import EncodeJob, Engine, Model, StageTimes
+from service.codec.shipped import Watch
+from service.engine import EncodeJob, Engine, StageTimes
 from service.imaging import OutputFormat, check_size, read_photo, write_photo
 from service.settings import Settings
 from service.store import ModelStore
 
 
-class Local:
+class GivenUp(RuntimeError):
+    """`Local.give_up` ended the work."""
+
+
+class Local(Watch):
     """The models of `settings.store` on this machine's device.
 
     Raises:
@@ -26,20 +31,30 @@ class Local:
         self._engine = Engine(ModelStore(settings.store), settings.device, settings.precision, settings.threads)
         self._tell: Callable[[int, int], None] = lambda done, total: None
         self._done = self._total = 0
+        self._given_up = False
 
     def watch(self, tell: Callable[[int, int], None]) -> None:
         """Have `tell(done, total)` called as the work proceeds, in steps of the transforms; a budget adds to total."""
         self._tell = tell
 
-    def _expect(self, model: Model, photos: int) -> None:
-        self._total += photos * model.codec.watch(self._step, self._add)
-
-    def _add(self, steps: int) -> None:
+    def more(self, steps: int) -> None:
+        """Of `Watch`: work that was not foreseen."""
         self._total += steps
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Of `Watch`.
+
+        Raises:
+            GivenUp: after `give_up`.
+        """
+        if self._given_up:
+            raise GivenUp
         self._done += 1
         self._tell(self._done, self._total)
+
+    def give_up(self) -> None:
+        """Have all work, in whichever thread, end at its next step."""
+        self._given_up = True
 
     def close(self) -> None:
         self._engine.close()
@@ -67,8 +82,8 @@ class Local:
         sizes: dict[int, int] = {}
         wanted = rate or DEFAULT_RATE if budget is None else next_rate(sizes, budget)
         while wanted:
-            self._expect(self._engine.model(model), 1)
-            (tried[wanted],) = self._engine.encode([EncodeJob(pixels, wanted, model)], times)
+            self.more(self._engine.model(model).codec.steps)
+            (tried[wanted],) = self._engine.encode([EncodeJob(pixels, wanted, model)], times, self)
             sizes[wanted] = len(tried[wanted].to_bytes())
             wanted = None if budget is None else next_rate(sizes, budget)
         chosen = next(iter(tried)) if budget is None else best_rate(sizes, budget)
@@ -84,8 +99,8 @@ class Local:
         """
         stream, times = Bitstream.from_bytes(bitstream), StageTimes()
         check_size(stream.height, stream.width, self._settings.max_pixels)
-        self._expect(self._engine.model_of(stream), 1)
-        (photo,) = self._engine.decode([stream], times)
+        self.more(self._engine.model_of(stream).codec.steps)
+        (photo,) = self._engine.decode([stream], times, self)
         output = next(one for one in OutputFormat if one.media_type == media_type)
         return Restored(write_photo(photo, output, quality), media_type, **self._common(stream, times))
 

@@ -22,12 +22,14 @@ class Device:
         self.gates: list[asyncio.Event] = []
         self.poison: set[int] = set()
         self.broken = False
+        self.awaited: Callable[[], bool] = lambda: True
 
     def clock(self) -> float:
         return self.now
 
-    async def run(self, key: Hashable, items: Sequence[int]) -> list[int]:
+    async def run(self, key: Hashable, items: Sequence[int], awaited: Callable[[], bool]) -> list[int]:
         gate = asyncio.Event()
+        self.awaited = awaited
         self.launches.append((key, list(items)))
         self.gates.append(gate)
         await gate.wait()
@@ -249,11 +251,31 @@ def test_items_that_are_submitted_together_ride_together() -> None:
     simulate(scenario)
 
 
+def test_a_batch_that_nobody_waits_for_may_end_and_is_not_tried_again() -> None:
+    async def scenario(device: Device, batcher: Callable[..., Batcher[int, int]]) -> None:
+        device.poison = {1}  # so it ends with an error
+        of = batcher()
+        first, second = submit(of, 1), submit(of, 2)
+        await settle()
+        first.cancel()
+        await settle()
+        assert device.awaited()
+        second.cancel()
+        await settle()
+        assert not device.awaited()
+        third = submit(of, 3)
+        await device.finish()
+        assert (await third).result == 30
+        assert device.launches == [("a", [1, 2]), ("a", [3])]
+
+    simulate(scenario)
+
+
 def test_waiting_on_purpose_is_off_by_default_and_bounded_when_on() -> None:
     async def main() -> None:
         launches = []
 
-        async def run(key: Hashable, items: Sequence[int]) -> Sequence[int]:
+        async def run(key: Hashable, items: Sequence[int], _: Callable[[], bool]) -> Sequence[int]:
             launches.append(list(items))
             return items
 

@@ -15,7 +15,7 @@ from model_store.evaluation.conditions import psnr
 from service.cli import main
 from service.engine import Photo
 from service.imaging import read_photo
-from service.local import Local
+from service.local import GivenUp, Local
 from service.settings import Settings
 from tests.conftest import copied_store, image_bytes, noisy, other_store
 from tests.served import served
@@ -93,6 +93,13 @@ def test_progress_within_one_photo_ends_at_its_total(bikes: Photo) -> None:
         assert seen[-1][0] == seen[-1][1] == len(seen)
         codec.compress(data, max_bytes=4000)
         assert seen[-1][0] == seen[-1][1]
+
+
+def test_work_can_be_given_up(bikes: Photo) -> None:
+    with closing(Local(Settings())) as codec:
+        codec.watch(lambda done, total: codec.give_up())
+        with pytest.raises(GivenUp):
+            codec.compress(image_bytes(bikes))
 
 
 def test_pipes(parrots: Photo) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from model_store.evaluation.conditions import psnr
 from service.codec.bitstream import Bitstream
+from service.codec.shipped import Watch
 from service.engine import EncodeJob, Engine, Photo, UnknownModel
 from service.errors import OUT_OF_MEMORY, problem_of
 from tests.conftest import noisy
@@ -75,6 +76,27 @@ def test_wrong_jobs_are_named(engine: Engine, parrots: Photo) -> None:
     with pytest.raises(UnknownModel, match="0102030405060708"):
         engine.decode([Bitstream(bytes(range(1, 9)), 4, 16, 16, (), b"", b"")])
     assert engine.encode([]) == []
+
+
+def test_whoever_watches_may_end_the_work(engine: Engine, bikes: Photo) -> None:
+    class Impatient(Watch):
+        seen = 0
+
+        def step(self) -> None:
+            self.seen += 1
+            if self.seen == 3:
+                raise TimeoutError("enough")
+
+    (stream,) = engine.encode([EncodeJob(bikes, 4)])
+    for work in (
+        lambda watch: engine.encode([EncodeJob(bikes, 4)], watch=watch),
+        lambda watch: engine.decode([stream], watch=watch),
+    ):
+        watch = Impatient()
+        with pytest.raises(TimeoutError, match="enough"):
+            work(watch)
+        assert watch.seen == 3
+    assert engine.encode([EncodeJob(bikes, 4)]) == [stream]
 
 
 def test_too_little_memory_is_told_apart_from_a_failure(

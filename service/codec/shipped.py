@@ -63,6 +63,16 @@ class OnDevice(Protocol):
     def __call__(self, work: Callable[[], T], /) -> T: ...
 
 
+class Watch:
+    """Whoever follows the work on a photo; this one does not care."""
+
+    def step(self) -> None:
+        """Called after each step of the transforms, in their thread. What it raises ends the work."""
+
+    def more(self, steps: int) -> None:
+        """Told where a photo turns out to be a copy, which takes so many steps besides."""
+
+
 def _here(work: Callable[[], T]) -> T:
     return work()
 
@@ -112,6 +122,9 @@ class ShippedCodec:
         y_tables: a table per scale level. z_tables: a table per rate point and channel, rate-major.
         dtype: of the products in g_a and g_s.
         report: tells what is wrong with a photo; None for a model that has no opinion.
+
+    Attributes:
+        steps: of the transforms for one photo, either way.
     """
 
     def __init__(
@@ -135,8 +148,9 @@ class ShippedCodec:
         speed_up(self.g_s, dtype)
         self.report = report.to(device).eval().requires_grad_(False) if report else None
         self.prior = prior.on(device)
-        self._more: Callable[[int], None] = lambda steps: None
-        self._steps = 0
+        self._stacks = [stack for part in (self.g_a, self.g_s) for stack in part.stacks if isinstance(stack, FastStack)]
+        self.steps = sum(stack.steps for stack in self._stacks) // 2  # g_s mirrors g_a
+        self.watch(Watch())
         self.deviation = deviation.to(device)
         self.y_tables = GuardedTables(y_tables)
         hyper = config.hyper
@@ -145,16 +159,11 @@ class ShippedCodec:
             for rows in (slice(rate * hyper, (rate + 1) * hyper) for rate in range(RATE_POINTS))
         ]
 
-    def watch(self, tell: Callable[[], None], more: Callable[[int], None]) -> int:
-        """Have `tell` called as the transforms proceed. Returns how often that is for one photo, either way.
-
-        `more` is told how often it will be besides, where a photo turns out to be a copy.
-        """
-        stacks = [stack for part in (self.g_a, self.g_s) for stack in part.stacks if isinstance(stack, FastStack)]
-        for stack in stacks:
-            stack.tell = tell
-        self._more, self._steps = more, sum(stack.steps for stack in stacks) // 2  # g_s mirrors g_a
-        return self._steps
+    def watch(self, watch: Watch) -> None:
+        """Have it told of every step from now on."""
+        self._watch = watch
+        for stack in self._stacks:
+            stack.tell = watch.step
 
     # --- encoding ---------------------------------------------------------------------------------------------------
 
@@ -194,7 +203,7 @@ class ShippedCodec:
         latents, rounding = self.rounded(y, z_hat, rate)
         copies = [index for index, changed in enumerate(rounding) if changed < COPY]
         if copies and y.shape[2] * y.shape[3] * STRIDE**2 <= COPY_PIXELS:
-            self._more(len(copies) * 2 * self._steps)
+            self._watch.more(len(copies) * 2 * self.steps)
             y, rate = y[copies], rate[copies]
             y = y + UNDO * (y - self.g_a(self.synthesise(y, rate), rate))
             for index, again, changed in zip(copies, *self.rounded(y, self._z_hat(y, rate), rate)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.batching import DeviceBroken
 from service.codec.bitstream import Bitstream
+from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, Photo, StageTimes
 from service.settings import Settings
 from service.state import Service
@@ -67,13 +69,13 @@ def test_seven_of_eight_succeed_beside_a_poisoned_item(
     encode = Engine.encode
     batches = []
 
-    def injected(self: Engine, jobs: Sequence[EncodeJob], times: StageTimes | None = None) -> list[Bitstream]:
+    def injected(self: Engine, jobs: Sequence[EncodeJob], times: StageTimes, watch: Watch) -> list[Bitstream]:
         batches.append(len(jobs))
         if jobs[0].photo.shape[0] == 256:
             time.sleep(1.0)
         if any((job.photo[0, 0] == 77).all() for job in jobs):
             raise RuntimeError("poison")
-        return encode(self, jobs, times)
+        return encode(self, jobs, times, watch)
 
     monkeypatch.setattr(Engine, "encode", injected)
     uploads = [parrots[:64, k : k + 64].copy() for k in range(8)]
@@ -87,6 +89,28 @@ def test_seven_of_eight_succeed_beside_a_poisoned_item(
     assert statuses == [200, 200, 200, 500, 200, 200, 200, 200]
     assert 8 in batches
     assert 'limpid_batch_retries_total{reason="error"} 3.0' in own.get("/metrics").text
+
+
+def test_what_nobody_waits_for_leaves_the_device(
+    own: TestClient, monkeypatch: pytest.MonkeyPatch, parrots: Photo
+) -> None:
+    """A photo of 6 megapixels takes seconds; its deadline passes within them."""
+    encode = Engine.encode
+    ended: Queue[str] = Queue()
+
+    def listening(self: Engine, jobs: Sequence[EncodeJob], times: StageTimes, watch: Watch) -> list[Bitstream]:
+        try:
+            return encode(self, jobs, times, watch)
+        except RuntimeError as error:
+            ended.put(str(error))
+            raise
+
+    monkeypatch.setattr(Engine, "encode", listening)
+    large = image_bytes(np.tile(parrots, (8, 12, 1)), "BMP")
+    answer = own.post("/compress", content=large, headers={"X-API-Key": "first-key", "Limpid-Timeout": "0.5"})
+    assert answer.status_code == 504
+    assert ended.get(timeout=30) == "nobody waits for it any more"
+    assert 'limpid_batch_retries_total{reason="error"} 0.0' in own.get("/metrics").text
 
 
 def test_a_failed_device_turns_the_service_unready_for_good(
@@ -108,9 +132,9 @@ def test_a_budget_takes_few_encodings(own: TestClient, monkeypatch: pytest.Monke
     passes = []
     encode = Engine.encode
 
-    def counted(self: Engine, jobs: Sequence[EncodeJob], times: StageTimes | None = None) -> list[Bitstream]:
+    def counted(self: Engine, jobs: Sequence[EncodeJob], times: StageTimes, watch: Watch) -> list[Bitstream]:
         passes.append([job.rate for job in jobs])
-        return encode(self, jobs, times)
+        return encode(self, jobs, times, watch)
 
     data = image_bytes(np.tile(bikes, (2, 2, 1)))
     size = len(own.post("/compress", content=data, params={"rate": 5}).content)
