@@ -28,6 +28,7 @@ from model_store.evaluation.conditions import MEASURED, SETS, psnr, samples
 from model_store.evaluation.features import Watched, draw_embedding, draw_maps
 from model_store.evaluation.report import RESULTS, Record, curves, plot, published_table, read_records, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
+from model_store.index import read_index, write_index
 from model_store.training.photos import photo_paths
 from service.codec.device import pick_device, transform_precision
 
@@ -139,8 +140,7 @@ def _features(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    path = args.store / "store.json"
-    index = json.loads(path.read_text())
+    index = read_index(args.store)
     name = args.name or index["default"]
     paths = [args.results / f"{kind}-{photos}.json" for photos in MEASURED for kind in ("peers", "cascade", name)]
     records = read_records(path for path in paths if path.exists())
@@ -156,7 +156,7 @@ def _report(args: argparse.Namespace) -> None:
         if codec == "LIMPID"
         for rate, bpp, value in zip(curve.setting, curve.bpp, curve.psnr)
     ]
-    path.write_text(json.dumps(index, indent=2) + "\n")
+    write_index(args.store, index)
 
 
 COMMANDS = {

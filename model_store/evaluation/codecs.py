@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from model_store.evaluation.conditions import Photo, Sample, as_photo, as_tensor
+from model_store.index import read_model
 from service.codec.bitstream import Bitstream
 from service.codec.device import pick_device, transform_precision
 from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride
@@ -36,15 +34,10 @@ class LimpidCodec:
     """A model of the store, run as the service runs it: same precision, same container, one photo at a time."""
 
     def __init__(self, store: Path, name: str | None = None, device: str = "auto") -> None:
-        index = json.loads((store / "store.json").read_text())
-        name = name or index["default"]
-        (self.entry,) = [entry for entry in index["models"] if entry["name"] == name]
-        self.device = pick_device(device)
-        path = store / self.entry["file"]
-        with safe_open(path, framework="pt") as opened:
-            description = opened.metadata()["limpid"]
+        model, self.device = read_model(store, name), pick_device(device)
+        self.entry = model.entry
         dtype = getattr(torch, transform_precision(self.device))
-        self.codec = ShippedCodec.from_tensors(load_file(path), description, self.device, dtype)
+        self.codec = ShippedCodec.from_tensors(model.tensors, model.description, self.device, dtype)
 
     def round_trip(self, photo: Photo, rates: Sequence[int]) -> Iterator[tuple[Bitstream, Photo]]:
         """Compress and restore a photo at some rate points."""

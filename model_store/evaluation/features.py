@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model_store.degradations import EVALUATION, Kind, degrade
 from model_store.evaluation.conditions import as_tensor, read_rgb
+from model_store.index import read_model
 from service.codec.blocks import HATB
 from service.codec.config import CodecConfig
 from service.codec.shipped import pad_to_stride
@@ -32,14 +31,12 @@ class Watched:
     """g_a of a model of the store as it was trained, with the outputs of both attentions of its stage at 1/8."""
 
     def __init__(self, store: Path, name: str | None) -> None:
-        index = json.loads((store / "store.json").read_text())
-        self.name = name or index["default"]
-        (entry,) = [entry for entry in index["models"] if entry["name"] == self.name]
-        with safe_open(store / entry["file"], framework="pt") as opened:
-            config = CodecConfig.from_dict(json.loads(opened.metadata()["limpid"])["config"])
+        model = read_model(store, name)
+        self.name = model.entry["name"]
+        config = CodecConfig.from_dict(json.loads(model.description)["config"])
         self.g_a = Analysis(config).eval().requires_grad_(False)
-        weights = load_file(store / entry["file"])
-        self.g_a.load_state_dict({key[4:]: value.float() for key, value in weights.items() if key.startswith("g_a.")})
+        weights = {key[4:]: value.float() for key, value in model.tensors.items() if key.startswith("g_a.")}
+        self.g_a.load_state_dict(weights)
         self.outputs: dict[str, Tensor] = {}
         stack = self.g_a.stacks[config.watched]
         assert isinstance(stack, BlockStack)

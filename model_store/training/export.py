@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from model_store.index import INDEX, read_index, replace_file, write_index
 from model_store.training.frequencies import COUNTED_BATCHES, with_counted_tables
 from model_store.training.report import REPORT_FILE, read_report
 from model_store.training.weights import config_of, keep_weights
@@ -58,19 +59,12 @@ def export(
     return enter(store, name, state["size"], tensors, description, training, make_default)
 
 
-def read_index(store: Path) -> dict[str, Any]:
-    """`store.json` as it is; an empty one where there is none yet."""
-    path = store / "store.json"
-    index: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": []}
-    return index
-
-
 def refuse_known(store: Path, name: str) -> None:
     """Raises:
     ValueError: the store already has a model of that name.
     """
     if any(known["name"] == name for known in read_index(store)["models"]):
-        raise ValueError(f"expected a name that {store / 'store.json'} does not have yet, got {name}")
+        raise ValueError(f"expected a name that {store / INDEX} does not have yet, got {name}")
 
 
 def enter(
@@ -95,11 +89,8 @@ def enter(
     index["models"].append(entry)
     if make_default or "default" not in index:
         index["default"] = name
-    text = json.dumps({"default": index["default"], **index}, indent=2) + "\n"
-    for target, content in ((store / str(entry["file"]), data), (store / "store.json", text.encode())):
-        new = target.with_name(f".{target.name}.new")
-        new.write_bytes(content)
-        new.replace(target)
+    replace_file(store / f"{name}.safetensors", data)
+    write_index(store, {"default": index["default"], **index})
     return entry
 
 

@@ -13,10 +13,8 @@ import datetime
 import json
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import load_file
-
-from model_store.training.export import STORE, enter, read_index, refuse_known
+from model_store.index import read_model
+from model_store.training.export import STORE, enter, refuse_known
 from model_store.training.frequencies import COUNTED_BATCHES, with_counted_tables
 from service.codec.config import CONFIGS
 
@@ -30,22 +28,18 @@ def recode(
         ValueError: the store has no `model`, or already a `name`.
     """
     refuse_known(store, name)
-    known = {entry["name"]: entry for entry in read_index(store)["models"]}
-    if model not in known:
-        raise ValueError(f"expected one of {', '.join(known)}, got {model}")
-    path = store / known[model]["file"]
-    with safe_open(path, framework="pt") as opened:
-        description = json.loads(opened.metadata()["limpid"])
-    description["config"]["skipped"] = CONFIGS[known[model]["size"]].skipped
+    old = read_model(store, model)
+    size, description = old.entry["size"], json.loads(old.description)
+    description["config"]["skipped"] = CONFIGS[size].skipped
     stated = json.dumps(description, sort_keys=True)
-    tensors = with_counted_tables(load_file(path), stated, photos, batches)
+    tensors = with_counted_tables(old.tensors, stated, photos, batches)
     training = {
-        **known[model]["training"],
+        **old.entry["training"],
         "weights_of": model,
         "recoded": datetime.date.today().isoformat(),
         "batches_counted": batches,
     }
-    return enter(store, name, known[model]["size"], tensors, stated, training, make_default)
+    return enter(store, name, size, tensors, stated, training, make_default)
 
 
 def main() -> None:
