@@ -287,8 +287,7 @@ class Engine:
         codec, streams = model.codec, []
 
         def transform(part: Sequence[EncodeJob]) -> tuple[list[LatentSymbols], list[tuple[Degradation, ...]]]:
-            codec.watch(watch)
-            with times.measure("transform"):
+            with times.measure("transform"), codec.watched_by(watch):
                 rate = torch.tensor([job.rate - 1 for job in part], device=self.device)
                 padded = [self._padded(job.photo) for job in part]
                 x = torch.cat(padded) if len(padded) > 1 else padded[0]
@@ -317,8 +316,7 @@ class Engine:
         h, w = latent_size(streams[0].height, streams[0].width)
 
         def transform(y_hat: Tensor, rate: Tensor) -> NDArray[np.uint8]:
-            codec.watch(watch)
-            with times.measure("transform"):
+            with times.measure("transform"), codec.watched_by(watch):
                 x_hat = codec.synthesise(y_hat, rate)
                 pixels: NDArray[np.uint8] = x_hat.mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 return pixels

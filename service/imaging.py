@@ -106,16 +106,16 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
-    """A photo is worked on with both sides rounded up to 16, which makes a line 16 times as large: that counts too.
+    """A photo is worked on with its sides rounded up, in part to 64, which makes a line 64 times as large: that counts.
 
     Raises:
         TooManyPixels: it is larger than the limit, or rounded up over an eighth larger.
     """
     if height * width > max_pixels:
         raise TooManyPixels(f"expected at most {max_pixels} pixels, got {width}x{height}")
-    padded = -(-height // 16) * -(-width // 16) * 256
+    padded = -(-height // 64) * -(-width // 64) * 4096
     if padded > max_pixels + max_pixels // 8 + 2**16:
-        raise TooManyPixels(f"expected at most {max_pixels} pixels, got {width}x{height}, {padded} in blocks of 16x16")
+        raise TooManyPixels(f"expected at most {max_pixels} pixels, got {width}x{height}, {padded} in blocks of 64x64")
 
 
 def _to_srgb(image: Image.Image) -> Photo:

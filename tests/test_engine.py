@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,9 @@ def test_whoever_watches_may_end_the_work(engine: Engine, bikes: Photo) -> None:
             work(watch)
         assert watch.seen == 3
     assert engine.encode([EncodeJob(bikes, 4)]) == [stream]
+    gone = weakref.ref(watch)
+    del watch
+    assert gone() is None  # with whatever it held on to: the photo, its result
 
 
 def test_too_little_memory_is_told_apart_from_a_failure(

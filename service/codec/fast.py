@@ -1,8 +1,8 @@
 """The block stacks as they run in the service: the function of `blocks.HATB`, in fewer steps and in bounded memory.
 
-- A photo passes through each branch in strips of rows. A strip sees the rows beside it that its convolutions reach, so
-  the result does not depend on the strips: there are no seams. C-GA, which looks at the whole photo, first adds up its
-  correlations over all strips.
+- A photo passes through each branch in strips of rows, a panorama of columns. A strip sees the rows beside it that its
+  convolutions reach, so the result does not depend on the strips: there are no seams. C-GA, which looks at the whole
+  photo, first adds up its correlations over all strips.
 - out(attention v) is one product: the attention, a small matrix, is multiplied into the output projection first.
 - Weights are kept in the precision of the products; the residual stream is float32, (B, H, W, C), changed in place.
 """
@@ -22,14 +22,22 @@ from service.codec.transforms import Analysis, BlockStack, Resample, Synthesis
 STRIP_POSITIONS = 2**14
 """Positions (rows x columns of the residual stream) of one strip: work for every core, little memory."""
 
+PANORAMA = 4
+"""How many times as wide as high a photo is that is cut into columns: strips of its few rows would not be small."""
+
 Branch = Callable[[Tensor], Tensor]
 
 
-def _strips(height: int, width: int) -> list[tuple[int, int]]:
-    """First rows of strips of nearly equal height, and those after their last."""
-    count = max(1, round(height * width / STRIP_POSITIONS))
-    edges = [height * index // count for index in range(count + 1)]
-    return [(top, bottom) for top, bottom in pairwise(edges) if bottom > top]
+def _strips(height: int, width: int) -> tuple[int, list[tuple[int, int]]]:
+    """What is cut, 1 for rows and 2 for columns; the first of each of nearly equal strips, and those after the last."""
+    axis = 2 if width > PANORAMA * height else 1
+    count, length = max(1, round(height * width / STRIP_POSITIONS)), (height, width)[axis - 1]
+    edges = [length * index // count for index in range(count + 1)]
+    return axis, [(start, end) for start, end in pairwise(edges) if end > start]
+
+
+def _cut(x: Tensor, axis: int, start: int, end: int) -> Tensor:
+    return x.narrow(axis, start, end - start)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
@@ -83,20 +91,21 @@ class _Content(nn.Module):
 
     def forward(self, x: Tensor) -> None:
         b, h, w, c = x.shape
-        strips = _strips(h, w)
+        axis, strips = _strips(h, w)
         correlation, square_q, square_k = x.new_zeros(b, c, c), x.new_zeros(b, c), x.new_zeros(b, c)
         values = []
-        for top, bottom in strips:
-            low, high = max(0, top - 1), min(h, bottom + 1)
-            qkv = self.local(self.qkv(self.norm(x[:, low:high])))[:, top - low : bottom - low]
-            q, k, v = qkv.reshape(b, -1, 3 * c).split(c, -1)
+        for start, end in strips:
+            low, high = max(0, start - 1), min(x.shape[axis], end + 1)
+            qkv = _cut(self.local(self.qkv(self.norm(_cut(x, axis, low, high)))), axis, start - low, end - low)
+            q, k, v = qkv.reshape(b, -1, 3 * c).chunk(3, -1)
             correlation += _products(q.transpose(1, 2), k).float()
             square_q += (q * q).sum(1, dtype=torch.float32)
             square_k += (k * k).sum(1, dtype=torch.float32)
             values.append(v.clone() if len(strips) > 1 else v)  # a view would keep q and k
         mixing = self._mixing(correlation, square_q, square_k).to(values[0].dtype).transpose(1, 2)
-        for (top, bottom), v in zip(strips, values):
-            x[:, top:bottom] += _products(v, mixing).view(b, bottom - top, w, c)
+        for (start, end), v in zip(strips, values):
+            strip = _cut(x, axis, start, end)
+            strip += _products(v, mixing).view(strip.shape)
 
     def _mixing(self, correlation: Tensor, square_q: Tensor, square_k: Tensor) -> Tensor:
         """The output projection times the attention, (B, C, C)."""
@@ -146,17 +155,18 @@ class _FeedForward(nn.Module):
 
 
 def _add(x: Tensor, branch: Branch, reach: int) -> None:
-    """x += branch(x) in place, strip by strip, for a branch that reaches so many rows up and down."""
-    height, above = x.shape[1], x[:, :0]
-    strips = _strips(height, x.shape[2])
+    """x += branch(x) in place, strip by strip, for a branch that reaches so many rows up and down, and columns."""
+    axis, strips = _strips(x.shape[1], x.shape[2])
     if len(strips) == 1:
         x += branch(x)
         return
-    for top, bottom in strips:
-        seen = torch.cat([above, x[:, top : min(height, bottom + reach)]], 1)
-        first, last = above.shape[1], above.shape[1] + bottom - top
-        x[:, top:bottom] += branch(seen)[:, first:last]
-        above = seen[:, max(0, last - reach) : last].clone()  # as it was
+    before = _cut(x, axis, 0, 0)
+    for start, end in strips:
+        seen = torch.cat([before, _cut(x, axis, start, min(x.shape[axis], end + reach))], axis)
+        first, last = before.shape[axis], before.shape[axis] + end - start
+        strip = _cut(x, axis, start, end)
+        strip += _cut(branch(seen), axis, first, last)
+        before = _cut(seen, axis, max(0, last - reach), last).clone()  # as it was
 
 
 def _untold() -> None:
@@ -197,25 +207,27 @@ class FastStack(nn.Module):
 
 
 class FastResample(nn.Module):
-    """A first or last `Resample` for inference, strip by strip of its coarse side."""
+    """A first or last `Resample` for inference, strip by strip of its coarse side. x: (B, C, H, W)."""
 
     def __init__(self, resample: Resample) -> None:
         super().__init__()
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = 1 if self.resample.up else self.resample.factor  # of x, per row of the coarse side
-        strips = _strips(x.shape[2] // rows, x.shape[3] // rows)
+        rows = 1 if self.resample.up else self.resample.factor  # of x, per row of the coarse side; and columns
+        axis, strips = _strips(x.shape[2] // rows, x.shape[3] // rows)
+        axis += 1
         result = x.new_empty(0)
-        for top, bottom in strips:
-            part = self.resample(x[:, :, top * rows : bottom * rows])
+        for start, end in strips:
+            part = self.resample(_cut(x, axis, start * rows, end * rows))
             if len(strips) == 1:
                 return part
-            height = part.shape[2] // (bottom - top)  # of the result, per row of the coarse side
-            if not top:
-                shape = (*part.shape[:2], height * strips[-1][1], part.shape[3])
+            finer = part.shape[axis] // (end - start)  # rows or columns of the result, per one of the coarse side
+            if not start:
+                shape = list(part.shape)
+                shape[axis] = finer * strips[-1][1]
                 result = torch.empty(shape, device=x.device, memory_format=torch.channels_last)
-            result[:, :, height * top : height * bottom] = part
+            _cut(result, axis, finer * start, finer * end).copy_(part)
         return result
 
 

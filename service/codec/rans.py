@@ -32,6 +32,9 @@ SYMBOL_LIMIT = 2**15 - 1
 
 FEWEST_SYMBOLS = 4
 
+_AT_ONCE = 2**18
+"""Symbols per call of the coder: it holds Python's lock, under which nothing else of the service moves."""
+
 _WORD = 4
 """Bytes that the decoder reads at most per symbol; its state takes four such words."""
 
@@ -103,11 +106,10 @@ class Encoder:
             raise ValueError(f"expected at least {FEWEST_SYMBOLS} symbols in the first group, got {len(symbols)}")
         if not np.array_equal(tables.clip(symbols, indexes), symbols):
             raise ValueError("expected every symbol inside its table")
-        if len(symbols):
-            self._encoder.encode_with_indexes(
-                symbols.tolist(), indexes.tolist(), tables.rows, tables.sizes, tables.offsets
-            )
-            self._count += len(symbols)
+        for start in range(0, len(symbols), _AT_ONCE):
+            some, rows = symbols[start : start + _AT_ONCE].tolist(), indexes[start : start + _AT_ONCE].tolist()
+            self._encoder.encode_with_indexes(some, rows, tables.rows, tables.sizes, tables.offsets)
+        self._count += len(symbols)
 
     def finish(self) -> bytes:
         return self._encoder.flush()
@@ -141,10 +143,13 @@ class Decoder:
         self._left -= len(indexes)
         if self._left < 0:
             raise ValueError("expected no more symbols than announced")
-        if not len(indexes):
-            return np.zeros(0, np.int32)
-        symbols = self._decoder.decode_stream(indexes.tolist(), tables.rows, tables.sizes, tables.offsets)
-        return np.asarray(symbols, np.int32)
+        symbols = np.zeros(len(indexes), np.int32)
+        for start in range(0, len(indexes), _AT_ONCE):
+            rows = indexes[start : start + _AT_ONCE].tolist()
+            symbols[start : start + len(rows)] = self._decoder.decode_stream(
+                rows, tables.rows, tables.sizes, tables.offsets
+            )
+        return symbols
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
@@ -150,7 +151,7 @@ class ShippedCodec:
         self.prior = prior.on(device)
         self._stacks = [stack for part in (self.g_a, self.g_s) for stack in part.stacks if isinstance(stack, FastStack)]
         self.steps = sum(stack.steps for stack in self._stacks) // 2  # g_s mirrors g_a
-        self.watch(Watch())
+        self._watch_with(Watch())
         self.deviation = deviation.to(device)
         self.y_tables = GuardedTables(y_tables)
         hyper = config.hyper
@@ -159,8 +160,16 @@ class ShippedCodec:
             for rows in (slice(rate * hyper, (rate + 1) * hyper) for rate in range(RATE_POINTS))
         ]
 
-    def watch(self, watch: Watch) -> None:
-        """Have it told of every step from now on."""
+    @contextmanager
+    def watched_by(self, watch: Watch) -> Iterator[None]:
+        """Have it told of every step within. To be entered in the thread that does the work, one at a time."""
+        self._watch_with(watch)
+        try:
+            yield
+        finally:
+            self._watch_with(Watch())  # what watched may hold on to a photo
+
+    def _watch_with(self, watch: Watch) -> None:
         self._watch = watch
         for stack in self._stacks:
             stack.tell = watch.step

@@ -58,7 +58,8 @@ class BlockStack(nn.Module):
 
 
 class Resample(nn.Module):
-    """A pixel (un)shuffle with a convolution, always in float32: the residual stream and the pixels need it.
+    """A pixel (un)shuffle with a convolution, in float32 under any autocast: the residual stream and the pixels
+    need it. (cuDNN may round its operands to TF32, which moves about one value of a hundred by one level.)
 
     The convolution is 1x1 on the coarse side, or with `overlap` 3x3 on the side that it comes from.
     """
