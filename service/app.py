@@ -192,7 +192,10 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
 
     for kind in (Problem, ClientGone, RequestValidationError, HTTPException, ValueError, RuntimeError, Exception):
         app.add_exception_handler(kind, answer)
-    if service.settings.cors_origins:
+    if service.settings.otlp_endpoint:
+        service.stage_span = set_up_tracing(app, service.settings.otlp_endpoint)
+    app.add_middleware(RequestMiddleware, metrics=service.metrics, max_body_bytes=service.settings.max_body_bytes)
+    if service.settings.cors_origins:  # around all the rest: its refusals too are for the page to read
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.settings.cors_origins,
@@ -200,7 +203,4 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    if service.settings.otlp_endpoint:
-        service.stage_span = set_up_tracing(app, service.settings.otlp_endpoint)
-    app.add_middleware(RequestMiddleware, metrics=service.metrics, max_body_bytes=service.settings.max_body_bytes)
     return app

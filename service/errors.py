@@ -121,7 +121,10 @@ def problem_of(error: Exception) -> Problem:
         return Problem(MALFORMED, "; ".join(parts))
     if isinstance(error, HTTPException):
         kind = _STATUSES.get(error.status_code, MALFORMED if error.status_code < 500 else INTERNAL)
-        return Problem(kind, str(error.detail), dict(error.headers or {}))
+        allowed = dict(error.headers or {})
+        if allowed.get("Allow") == "GET":
+            allowed["Allow"] = "GET, HEAD"
+        return Problem(kind, str(error.detail), allowed)
     for known, kind in _TABLE:
         if isinstance(error, known):
             headers = {"Retry-After": str(error.retry_after)} if isinstance(error, QueueFull) else None

@@ -57,7 +57,10 @@ class RequestMiddleware:
             nonlocal answered, status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                headers = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                if not {name for name, _ in headers} & {b"cache-control", b"etag"}:  # the latter: files of the page
+                    headers.append((b"cache-control", b"no-store"))
+                message["headers"] = headers
             elif head_only:
                 message["body"] = b""
             answered += len(message.get("body", b""))

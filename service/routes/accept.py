@@ -6,7 +6,7 @@ from service.errors import MALFORMED, NOT_ACCEPTABLE, Problem
 from service.imaging import OutputFormat
 
 
-def choose_format(accept: str | None, side: int = 1) -> OutputFormat:
+def choose_format(accept: str, side: int = 1) -> OutputFormat:
     """The best format for an `Accept` header (RFC 9110, section 12.5.1); ties go to the order of `OutputFormat`.
 
     `side` is the longer side of the photo in pixels: a format that cannot hold it is not offered.
@@ -14,7 +14,7 @@ def choose_format(accept: str | None, side: int = 1) -> OutputFormat:
     Raises:
         Problem: 406, none of ours is acceptable.
     """
-    if not accept or not accept.strip():
+    if not accept.strip():
         return OutputFormat.PNG
     ranges: dict[str, float] = {}
     for part in accept.split(","):

@@ -47,18 +47,19 @@ async def decompress(
         int | None, Query(ge=1, le=100, description="Only for image/jpeg, image/webp, image/avif.")
     ] = None,
     accept: Annotated[
-        str | None, Header(description="image/png (default), image/jpeg, image/webp or image/avif.")
+        list[str] | None, Header(description="image/png (default), image/jpeg, image/webp or image/avif.")
     ] = None,
 ) -> Response:
     """Restore the clean photo, at exactly the size it was uploaded with."""
-    output = choose_format(accept)
+    wanted = ", ".join(accept or ())  # several lines are one list
+    output = choose_format(wanted)
     if quality is not None and output.default_quality is None:
         raise Problem(MALFORMED, f"quality: expected only with a lossy format, got it with {output.media_type}")
     async with exchange(request, service, "decompress") as call:
         data = await call.body()
         stream = Bitstream.from_bytes(data)
         check_size(stream.height, stream.width, service.settings.max_pixels)
-        output = choose_format(accept, max(stream.height, stream.width))
+        output = choose_format(wanted, max(stream.height, stream.width))
         name = call.ready.engine.model_of(stream).entry.name
         key = ("decompress", name, latent_size(stream.height, stream.width))
         pixels = padded_pixels(stream.height, stream.width)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import FastAPI
-from fastapi.responses import FileResponse, RedirectResponse, Response
+from fastapi import FastAPI, Request
+from fastapi.responses import RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -31,12 +31,14 @@ class _PageFiles(StaticFiles):
 def mount_page(app: FastAPI, *, enabled: bool) -> None:
     """Serve the page at `/`, or send visitors of `/` to the documentation where it is switched off."""
 
-    async def page() -> FileResponse:
-        return FileResponse(FOLDER / "index.html", headers=HEADERS)
+    files = _PageFiles(directory=FOLDER)
+
+    async def page(request: Request) -> Response:
+        return await files.get_response("index.html", request.scope)
 
     async def documentation() -> RedirectResponse:
         return RedirectResponse("docs")
 
     app.add_api_route("/", page if enabled else documentation, include_in_schema=False, response_model=None)
     if enabled:
-        app.mount("/page", _PageFiles(directory=FOLDER))
+        app.mount("/page", files)

@@ -116,6 +116,21 @@ def test_accept_is_weighed(client: TestClient, stream: bytes, accept: str, expec
     assert answer.headers["content-type"] == expected
 
 
+def test_accept_may_come_in_several_lines(client: TestClient, stream: bytes) -> None:
+    lines = [("Accept", "text/html"), ("Accept", "image/jpeg")]
+    answer = client.send(client.build_request("POST", "/decompress", headers=lines, content=stream))
+    assert answer.headers["content-type"] == "image/jpeg"
+
+
+def test_answers_are_not_for_caches_but_files_are(client: TestClient) -> None:
+    for path in ("/readyz", "/variants", "/metrics"):
+        assert client.get(path).headers["cache-control"] == "no-store"
+    page = client.get("/")
+    assert page.headers["cache-control"] == "no-cache"
+    assert client.get("/", headers={"If-None-Match": page.headers["etag"]}).status_code == 304
+    assert client.post("/").headers["allow"] == "GET, HEAD"
+
+
 def test_accept_and_quality_that_cannot_be_met(client: TestClient, stream: bytes) -> None:
     problem(client.post("/decompress", content=stream, headers={"Accept": "text/html"}), 406, "not-acceptable")
     problem(client.post("/decompress", content=stream, headers={"Accept": "image/png;q=x"}), 400, "malformed-request")
@@ -332,7 +347,7 @@ def test_a_line_is_refused_before_it_is_worked_on_in_blocks(
     client: TestClient, stream: bytes, width: int, height: int
 ) -> None:
     detail = problem(client.post("/decompress", content=lying(stream, width, height)), 422, "too-many-pixels")
-    assert "64000000 in blocks" in detail
+    assert "256000000 in blocks" in detail
 
 
 def test_a_photo_too_wide_for_a_format_comes_back_in_another_or_is_told(client: TestClient) -> None:

@@ -62,6 +62,13 @@ def test_cors_is_off_unless_an_origin_is_set(own: TestClient, client: TestClient
     assert "access-control-allow-origin" not in client.get("/variants", headers=origin).headers
 
 
+def test_a_page_of_an_allowed_origin_can_read_every_refusal(own: TestClient) -> None:
+    origin = {"Origin": "https://example.org", "Content-Length": str(2**40)}
+    answer = own.post("/compress", content=iter([b"x"]), headers=origin)
+    assert answer.status_code == 413
+    assert answer.headers["access-control-allow-origin"] == "https://example.org"
+
+
 def test_seven_of_eight_succeed_beside_a_poisoned_item(
     own: TestClient, monkeypatch: pytest.MonkeyPatch, parrots: Photo
 ) -> None:
