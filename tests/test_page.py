@@ -171,8 +171,48 @@ def test_a_bitstream_file_opens_directly(page: playwright.Page, bikes: Photo, ba
     assert saved(page, "#save-photo")[0] == "from-elsewhere-clean.png"
     upload(page, "cut.lmp", data[:50], "application/octet-stream")
     playwright.expect(page.locator("#error")).to_contain_text("orrupt bitstream")
-    playwright.expect(page.locator("#downloads")).to_be_hidden()
-    playwright.expect(page.locator("#facts")).to_be_hidden()
+    for gone in ("#downloads", "#facts", "#tag-after"):
+        playwright.expect(page.locator(gone)).to_be_hidden()
+    playwright.expect(page.locator("#empty")).to_be_visible()  # nothing of the photo before
+
+
+def test_a_bitstream_waits_for_its_key(browser: playwright.Browser, base: str, bikes: Photo) -> None:
+    data = httpx2.post(f"{base}/compress", content=image_bytes(bikes)).content
+    with served(api_keys="the-key") as (guarded, _):
+        page = browser.new_page()
+        page.goto(guarded)
+        upload(page, "kept.lmp", data, "application/octet-stream")
+        playwright.expect(page.locator("#error")).to_contain_text("API key")
+        page.fill("#key", "the-key")
+        page.press("#key", "Enter")
+        done(page)
+        playwright.expect(page.locator("#error")).to_be_hidden()
+        playwright.expect(page.locator("#rate-text")).to_contain_text("bits per pixel")
+        page.close()
+
+
+def test_pictures_are_closed_once_they_are_shown_no_more(page: playwright.Page, bikes: Photo) -> None:
+    page.evaluate(
+        """() => { window.open = 0; const { close } = ImageBitmap.prototype, make = createImageBitmap;
+        window.createImageBitmap = async (...of) => { window.open += 1; return make(...of); };
+        ImageBitmap.prototype.close = function () { window.open -= 1; close.call(this); }; }"""
+    )
+    for _ in range(3):
+        upload(page, "bikes.png", image_bytes(bikes))
+        done(page)
+        playwright.expect(page.locator("#tag-after")).to_be_visible()
+        page.evaluate("() => { document.getElementById('status').textContent = ''; }")
+    assert page.evaluate("window.open") == 2
+
+
+def test_the_keys_of_the_browser_stay_its_own(page: playwright.Page, bikes: Photo) -> None:
+    upload(page, "bikes.png", image_bytes(bikes))
+    done(page)
+    taken = """init => !document.getElementById("viewer").dispatchEvent(
+        new KeyboardEvent("keydown", { cancelable: true, ...init }))"""
+    assert page.evaluate(taken, {"key": "+"})
+    assert not page.evaluate(taken, {"key": "+", "ctrlKey": True})
+    assert not page.evaluate(taken, {"key": "ArrowLeft", "altKey": True})
 
 
 def test_a_photo_can_be_dropped_and_pasted(page: playwright.Page) -> None:
@@ -199,7 +239,7 @@ def test_make_it_worse_makes_it_worse_and_limpid_makes_it_better(
     done(page)
     worse = page.evaluate(
         """async ([bytes, kind]) => { const { worsen } = await import("./page/worse.js");
-        const blob = await worsen(new Blob([new Uint8Array(bytes)]), kind, 5);
+        const blob = await worsen(new Blob([new Uint8Array(bytes)]), kind, 5, new AbortController().signal);
         return [...new Uint8Array(await blob.arrayBuffer())]; }""",
         [list(image_bytes(parrots)), kind],
     )

@@ -6,7 +6,7 @@ import { worsen } from "./worse.js";
 
 const $ = id => document.getElementById(id);
 const viewer = new Viewer($("viewer"), $("canvas"));
-let photo = null, name = "photo", running = null, links = [], bits = null;
+let photo = null, name = "photo", again = null, running = null, links = [], bits = null;
 
 const key = () => $("key").value || sessionStorage.getItem("limpid-key") || "";
 const bytes = n => n < 1e4 ? `${n} bytes` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(2)} MB`;
@@ -17,7 +17,6 @@ function complain(error) {
   if (error.name === "AbortError") return;
   $("error").textContent = error instanceof Refused ? error.message : `This browser cannot open it: ${error.message}`;
   $("error").hidden = false;
-  $("facts").hidden = $("downloads").hidden = true; // they were of another photo
   say("");
   if (error.status === 401) {
     $("key-field").hidden = false;
@@ -42,7 +41,7 @@ function showFacts(facts) {
 
 function showPictures(before, after) {
   viewer.show(before, after);
-  $("empty").hidden = true;
+  $("empty").hidden = Boolean(before || after);
   $("tag-before").hidden = $("tag-after").hidden = !(before && after);
 }
 
@@ -70,16 +69,16 @@ function finish(stream, restored) {
 
 const process = () => photo && run(async signal => {
   const kind = document.querySelector("input[name=worse]:checked").value;
-  const upload = await worsen(photo, kind, Number($("strength").value));
+  const upload = await worsen(photo, kind, Number($("strength").value), signal);
   const before = await createImageBitmap(upload).catch(() => null); // a TIFF, say: the service can, the browser cannot
-  if (signal.aborted) return;
+  if (signal.aborted) return void before?.close();
   if (before) showPictures(before, null);
   say("Compressing...");
   const packed = await compress(upload, $("rate").value, key(), signal);
   say("Decompressing...");
   const restored = await decompress(packed.stream, key(), signal);
   const after = await createImageBitmap(restored.photo);
-  if (signal.aborted) return;
+  if (signal.aborted) return void after.close();
   showPictures(before, after);
   showFacts({
     upload: bytes(upload.size),
@@ -95,11 +94,10 @@ const process = () => photo && run(async signal => {
 });
 
 const openStream = stream => run(async signal => {
-  photo = null;
-  showPictures(null, null);
   say("Decompressing...");
   const restored = await decompress(stream, key(), signal);
   const after = await createImageBitmap(restored.photo);
+  if (signal.aborted) return void after.close();
   showPictures(null, after);
   showFacts({
     upload: "",
@@ -117,12 +115,12 @@ const openStream = stream => run(async signal => {
 function take(file) {
   if (!file) return;
   name = (file.name ?? "photo").replace(/\.[^.]*$/, "") || "photo";
-  if (/\.lmp$/i.test(file.name ?? "") || file.type === "application/vnd.limpid") {
-    openStream(file);
-  } else {
-    photo = file;
-    process();
-  }
+  const isStream = /\.lmp$/i.test(file.name ?? "") || file.type === "application/vnd.limpid";
+  photo = isStream ? null : file;
+  again = isStream ? () => openStream(file) : process;
+  showPictures(null, null);
+  $("facts").hidden = $("downloads").hidden = true;
+  again();
 }
 
 function showRate() {
@@ -132,19 +130,34 @@ function showRate() {
   $("rate").setAttribute("aria-valuetext", rate + range);
 }
 
+async function foresee() {
+  bits = await expectedBits(key());
+  showRate();
+}
+
 let later;
 const soon = () => { clearTimeout(later); later = setTimeout(process, 150); };
 
-$("file").addEventListener("change", event => take(event.target.files[0]));
+$("file").addEventListener("change", event => {
+  take(event.target.files[0]);
+  event.target.value = ""; // so that the same file can be picked again
+});
 $("rate").addEventListener("input", () => { showRate(); soon(); });
 $("strength").addEventListener("input", soon);
 $("worse").addEventListener("change", event => { $("strength").disabled = event.target.value === "none"; soon(); });
-$("key").addEventListener("change", () => { sessionStorage.setItem("limpid-key", $("key").value); process(); });
-$("samples").addEventListener("click", async event => {
+$("key").addEventListener("change", () => {
+  sessionStorage.setItem("limpid-key", $("key").value);
+  again?.();
+  foresee();
+});
+$("samples").addEventListener("click", event => {
   const sample = event.target.closest("button")?.dataset.sample;
   if (!sample) return;
-  const blob = await (await fetch(`page/samples/${sample}.jpg`)).blob();
-  take(new File([blob], `${sample}.jpg`, { type: "image/jpeg" }));
+  run(async signal => {
+    const response = await fetch(`page/samples/${sample}.jpg`, { signal });
+    if (!response.ok) throw new Refused(response.status, `The sample cannot be had: status ${response.status}.`);
+    take(new File([await response.blob()], `${sample}.jpg`, { type: "image/jpeg" }));
+  });
 });
 document.addEventListener("paste", event => take(event.clipboardData?.files[0]));
 document.addEventListener("dragover", event => { event.preventDefault(); document.body.classList.add("dragging"); });
@@ -154,5 +167,4 @@ document.addEventListener("drop", event => {
   document.body.classList.remove("dragging");
   take(event.dataTransfer.files[0]);
 });
-bits = await expectedBits(key());
-showRate();
+await foresee();

@@ -1,10 +1,20 @@
 // The two calls of the service, and what their headers say. No element of the page is touched here.
 
+const ATTEMPTS = 5;
+
 export class Refused extends Error {
   constructor(status, detail) { super(detail); this.status = status; }
 }
 
-async function call(path, body, type, key, signal) {
+function pause(seconds, signal) {
+  return new Promise((resolve, reject) => {
+    setTimeout(resolve, 1000 * seconds);
+    signal.addEventListener("abort", () => reject(signal.reason));
+  });
+}
+
+// Posts, and posts again where the service has no room or is not ready and says when.
+async function call(path, body, type, key, signal, attempt = 1) {
   const headers = { "Content-Type": type };
   if (key) headers.Authorization = `Bearer ${key}`;
   let response;
@@ -15,6 +25,11 @@ async function call(path, body, type, key, signal) {
     throw new Refused(0, "The service cannot be reached.");
   }
   if (response.ok) return response;
+  const wait = Number(response.headers.get("Retry-After"));
+  if (wait && attempt < ATTEMPTS) {
+    await pause(wait, signal);
+    return call(path, body, type, key, signal, attempt + 1);
+  }
   const text = await response.text();
   let detail = text;
   try {

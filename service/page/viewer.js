@@ -16,6 +16,7 @@ export class Viewer {
       element.addEventListener(name, event => this.pointers.delete(event.pointerId));
     }
     element.addEventListener("wheel", event => {
+      if (!this.#size()) return;
       event.preventDefault();
       this.#zoom(Math.exp(-event.deltaY / 400), event.offsetX, event.offsetY);
     }, { passive: false });
@@ -23,9 +24,13 @@ export class Viewer {
     element.addEventListener("keydown", event => this.#key(event));
   }
 
-  // Pictures are ImageBitmaps; either may be missing. The view is kept while the size stays the same.
+  // Pictures are ImageBitmaps, closed once they are shown no more; either may be missing. The view is kept while the
+  // size stays the same.
   show(before, after) {
-    const old = this.#size();
+    const old = this.#size() && { width: this.#size().width, height: this.#size().height };
+    for (const picture of [this.before, this.after]) {
+      if (picture && picture !== before && picture !== after) picture.close();
+    }
     this.before = before;
     this.after = after;
     const now = this.#size();
@@ -41,7 +46,7 @@ export class Viewer {
     this.ratio = ratio;
     const size = this.#size();
     if (size) {
-      this.scale = Math.min(this.canvas.width / size.width, this.canvas.height / size.height);
+      this.scale = this.whole = Math.min(this.canvas.width / size.width, this.canvas.height / size.height);
       this.left = (this.canvas.width - size.width * this.scale) / 2;
       this.top = (this.canvas.height - size.height * this.scale) / 2;
     }
@@ -52,6 +57,7 @@ export class Viewer {
     const { canvas } = this, context = canvas.getContext("2d");
     context.clearRect(0, 0, canvas.width, canvas.height);
     const size = this.#size();
+    this.element.classList.toggle("zoomed", Boolean(size) && this.scale > 1.001 * this.whole);
     if (!size) return;
     context.imageSmoothingEnabled = this.scale < 3 * this.ratio;
     context.imageSmoothingQuality = "high";
@@ -103,6 +109,7 @@ export class Viewer {
 
   // One pointer moves the divider when it starts near it and pans elsewhere; two pinch.
   #down(event) {
+    if (event.button) return;
     this.element.setPointerCapture(event.pointerId);
     const edge = this.divider * this.element.clientWidth;
     const splits = Math.abs(event.offsetX - edge) < 32;
@@ -129,6 +136,7 @@ export class Viewer {
   }
 
   #key(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser's own
     const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
     const arrow = arrows[event.key];
     if (arrow && event.shiftKey) this.#pan(-40 * arrow[0], -40 * arrow[1]);
