@@ -1,8 +1,8 @@
 """Uploads to sRGB arrays and back. Knows Pillow, knows no HTTP.
 
 An upload of any supported kind becomes (H, W, 3) uint8 sRGB: EXIF orientation applied, the embedded ICC profile
-converted, 16 bits rounded to 8, CMYK, grey and palette expanded, transparency laid over white, the first frame of an
-animation. Limits are checked from the header, before a pixel is allocated.
+converted, 16 bits made 8 (grey rounded, colour cut), CMYK, grey and palette expanded, transparency laid over white, the
+first frame of an animation. Limits are checked from the header, before a pixel is allocated.
 """
 
 from __future__ import annotations

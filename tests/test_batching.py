@@ -279,10 +279,48 @@ def test_waiting_on_purpose_is_off_by_default_and_bounded_when_on() -> None:
             launches.append(list(items))
             return items
 
-        batcher: Batcher[int, int] = Batcher(run, Limits(batch_wait=0.02, batch_items=3))
-        await asyncio.gather(*(batcher.submit(item, "a") for item in range(2)))
-        await asyncio.gather(*(batcher.submit(item, "a") for item in range(3)))
-        assert launches == [[0, 1], [0, 1, 2]]
+        at_once: Batcher[int, int] = Batcher(run)
+        first = asyncio.ensure_future(at_once.submit(7, "a"))
+        await settle()
+        assert launches.pop() == [7]
+        await first
+        waits: Batcher[int, int] = Batcher(run, Limits(batch_wait=0.2, batch_items=3))
+        first = asyncio.ensure_future(waits.submit(0, "a"))
+        await settle()
+        assert not launches
+        await waits.submit(1, "a")
+        assert launches.pop() == [0, 1]
+        await first
+        async with asyncio.timeout(0.15):  # a full one waits for nothing
+            await asyncio.gather(*(waits.submit(item, "a") for item in range(3)))
+        assert launches.pop() == [0, 1, 2]
+
+    asyncio.run(main())
+
+
+def test_everybody_is_told_when_the_device_breaks_while_a_batch_is_halved() -> None:
+    async def main() -> None:
+        async def run(key: Hashable, items: Sequence[int], _: Callable[[], bool]) -> Sequence[int]:
+            if len(items) > 1:
+                raise ValueError("halve me")
+            raise DeviceBroken("gone")
+
+        batcher: Batcher[int, int] = Batcher(run)
+        async with asyncio.timeout(5):
+            outcomes = await asyncio.gather(*(batcher.submit(item, "a") for item in range(4)), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [DeviceBroken] * 4
+
+    asyncio.run(main())
+
+
+def test_too_few_results_are_an_error_not_a_wait() -> None:
+    async def main() -> None:
+        async def run(key: Hashable, items: Sequence[int], _: Callable[[], bool]) -> Sequence[int]:
+            return []
+
+        async with asyncio.timeout(5):
+            with pytest.raises(RuntimeError, match="0 results for 1"):
+                await Batcher[int, int](run).submit(1, "a")
 
     asyncio.run(main())
 
@@ -341,6 +379,10 @@ def test_whatever_happens_each_item_is_answered_once_in_order_and_none_starves(d
             else:
                 assert isinstance(outcome, QueueFull | asyncio.CancelledError)
         assert (batcher.waiting_items, batcher.waiting_bytes) == (0, 0)
+        if not retried:
+            assert launched == [(key, len(items)) for key, items in device.launches]
+        else:
+            assert poison
         first_launch: dict[int, int] = {}
         for number, (key, items) in enumerate(device.launches):
             assert len(items) <= limits.batch_items

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from model_store.evaluation.conditions import psnr
+from service.codec import shipped
 from service.codec.bitstream import Bitstream
 from service.codec.shipped import Watch
-from service.engine import EncodeJob, Engine, Photo, UnknownModel
+from service.engine import DeviceFailure, EncodeJob, Engine, Photo, UnknownModel
 from service.errors import OUT_OF_MEMORY, problem_of
 from tests.conftest import noisy
 
@@ -102,6 +105,32 @@ def test_whoever_watches_may_end_the_work(engine: Engine, bikes: Photo) -> None:
     gone = weakref.ref(watch)
     del watch
     assert gone() is None  # with whatever it held on to: the photo, its result
+
+
+def test_a_lost_device_is_told_apart(engine: Engine, bikes: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.default.codec, "analyse", lost)
+        with pytest.raises(DeviceFailure, match="illegal memory access"):
+            engine.encode([EncodeJob(bikes, 4)])
+
+
+def test_entropy_is_coded_beside_the_device(engine: Engine, bikes: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in its thread, where it would keep the transforms of others waiting."""
+    threads = set()
+    for kind, name in ((shipped.Encoder, "finish"), (shipped.Decoder, "take")):
+        work = getattr(kind, name)
+
+        def noted(*args: object, work: Callable[..., object] = work) -> object:
+            threads.add(threading.current_thread().name)
+            return work(*args)
+
+        monkeypatch.setattr(kind, name, noted)
+    engine.decode(engine.encode([EncodeJob(bikes, 4)]))
+    assert threads
+    assert not any(name.startswith("device") for name in threads)
 
 
 def test_too_little_memory_is_told_apart_from_a_failure(

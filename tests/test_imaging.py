@@ -83,6 +83,8 @@ def test_sixteen_bits_are_rounded_to_eight(parrots: Photo) -> None:
     for format in ("PNG", "TIFF"):
         back = read_photo(image_bytes(Image.fromarray(wide), format), LIMIT)
         assert np.array_equal(back[..., 0], grey)
+    between = np.array([[100, 200], [257 + 100, 257 + 200]], np.uint16)
+    assert read_photo(image_bytes(Image.fromarray(between), "PNG"), LIMIT)[..., 0].tolist() == [[0, 1], [1, 2]]
     rows = b"".join(b"\0" + (row.astype(">u2") * 257).tobytes() for row in parrots.astype(np.uint16))
 
     def chunk(name: bytes, data: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -15,19 +16,22 @@ from urllib.parse import urlsplit
 import httpx2
 import numpy as np
 import pytest
+from fastapi import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from service.codec.bitstream import MEDIA_TYPE
 from service.engine import Photo
+from service.exchange import timeout_of
 from service.metrics import Metrics
 from service.middleware import RequestMiddleware
+from service.settings import Settings
 from tests.conftest import image_bytes
 from tests.served import served
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with served(body_timeout_s=1, request_timeout_s=50, max_queue_items=24) as (base, _):
+    with served(body_timeout_s=1, request_timeout_s=50, max_queue_items=24, max_body_bytes=2**24) as (base, _):
         yield base
 
 
@@ -73,6 +77,16 @@ def test_a_slow_body_is_cut_off(server: str) -> None:
     assert b"body-timeout" in answer
 
 
+def test_a_body_over_the_limit_is_cut_while_it_streams(server: str) -> None:
+    part = bytes(2**20)
+    with connect(server) as client:
+        client.sendall(b"POST /compress HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError):  # it may close before all of it is sent
+            for _ in range(17):
+                client.sendall(b"%x\r\n%s\r\n" % (len(part), part))  # and no end
+        assert client.recv(65536).startswith(b"HTTP/1.1 413")
+
+
 def test_the_client_can_shorten_the_deadline_but_not_lengthen_it(server: str, parrots: Photo) -> None:
     upload = image_bytes(np.tile(parrots, (4, 4, 1)))
     late = httpx2.post(f"{server}/compress", content=upload, headers={"Limpid-Timeout": "0.02"})
@@ -80,6 +94,8 @@ def test_the_client_can_shorten_the_deadline_but_not_lengthen_it(server: str, pa
     assert late.json()["type"] == "urn:limpid:problem:deadline-exceeded"
     longer = httpx2.post(f"{server}/compress", content=upload, headers={"Limpid-Timeout": "900"}, timeout=60)
     assert longer.status_code == 200
+    asked = Request({"type": "http", "headers": [(b"limpid-timeout", b"900")]})
+    assert timeout_of(asked, Settings(request_timeout_s=50)) == 50
     for wrong in ("soon", "-1", "0", "nan"):
         assert httpx2.post(f"{server}/compress", content=upload, headers={"Limpid-Timeout": wrong}).status_code == 400
 
@@ -124,6 +140,7 @@ def test_a_burst_gets_429_at_once_or_a_right_answer(server: str, parrots: Photo)
         answers = [future.result() for future in [pool.submit(post) for _ in range(60)]]
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
+    assert sorted(quick)[len(quick) // 2] < 3  # while those that were admitted take their turns
     assert statuses.count(200) >= 24
     for answer in answers:
         if answer.status_code == 200:

@@ -82,6 +82,19 @@ def test_no_store_and_a_wrong_default_are_named(copy: Path, tmp_path: Path) -> N
         ModelStore(copy)
 
 
+def test_models_that_share_an_id_or_a_file_are_refused(copy: Path) -> None:
+    content = json.loads((copy / "store.json").read_text())
+    first = content["models"][0]
+    for twin in (
+        {**first, "name": "twin"},
+        {**first, "name": "twin", "sha256": "0" * 64},
+        {**first, "file": "b.safetensors"},
+    ):
+        (copy / "store.json").write_text(json.dumps({**content, "models": [*content["models"], twin]}))
+        with pytest.raises(StoreError, match="share"):
+            ModelStore(copy)
+
+
 def test_a_model_is_added_and_made_the_default(copy: Path, tmp_path: Path) -> None:
     other = other_store(tmp_path / "other", "edge-next")
     store = ModelStore(copy)

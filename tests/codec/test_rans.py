@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.codec import rans
 from service.codec.rans import SYMBOL_LIMIT, CorruptPayload, Decoder, Encoder, GuardedTables, Outliers
 from service.codec.tables import SCALE_LEVELS, gaussian_tables, logistic_tables
 
@@ -39,6 +40,35 @@ def test_any_bytes_decode_to_symbols_inside_their_tables(payload: bytes, seed: i
     _, levels = sample(500, seed)
     symbols = Decoder(payload, 500).take(levels, TABLES)
     assert np.array_equal(TABLES.clip(symbols, levels), symbols)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 60])
+def test_the_decoder_never_reads_past_what_it_was_given(length: int) -> None:
+    """Beyond the stream stand zeros, as many as it could ever read, not what lies in memory there."""
+    _, levels = sample(500, length)
+    payload = np.random.default_rng(length).bytes(length)
+    padded = payload.ljust(4 * 504, b"\0")
+    assert np.array_equal(Decoder(payload, 500).take(levels, TABLES), Decoder(padded, 500).take(levels, TABLES))
+
+
+def test_every_table_ends_with_the_sentinel_that_keeps_the_escape_out_of_reach() -> None:
+    for row, size in zip(TABLES.rows, TABLES.sizes):
+        assert row[-2:] == [1 << 16, 1 << 16]
+        assert len(row) == size
+
+
+def test_what_is_coded_in_several_calls_is_the_same_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    symbols, levels = sample(1000, 5)
+
+    def coded() -> bytes:
+        encoder = Encoder()
+        encoder.add(symbols, levels, TABLES)
+        return encoder.finish()
+
+    whole = coded()
+    monkeypatch.setattr(rans, "_AT_ONCE", 300)
+    assert coded() == whole
+    assert np.array_equal(Decoder(whole, 1000).take(levels, TABLES), symbols)
 
 
 def test_rate_is_within_half_a_percent_of_the_entropy() -> None:
