@@ -42,6 +42,17 @@ class Ema:
         torch._foreach_lerp_([self.mean[name] for name in self._live], list(self._live.values()), 1 - decay)
 
 
+def costs(out: CodedLatents, clean: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each photo (B,): lambda D + bpp, or bpp alone where nothing was decoded; bits per pixel; PSNR in dB, or 0."""
+    bpp = (out.y_bits + out.z_bits) / (clean.shape[2] * clean.shape[3])
+    if not isinstance(out, CodecOutput):
+        return bpp, bpp, torch.zeros_like(bpp)
+    mse = (out.x_hat.float() - clean).square().mean((1, 2, 3))
+    weight = rate_lambda(rate)
+    psnr = -10 * mse.detach().clamp_min(1e-9).log10()
+    return bpp + weight * balanced_distortion(mse, weight), bpp, psnr
+
+
 def _unsteadiness(model: TrainableCodec, out: CodedLatents, rate: Tensor) -> Tensor:
     """The mean squared distance between z of y and z of y_hat, a little off. Only h_a learns from it."""
     y_hat = out.y_hat.detach()
@@ -107,18 +118,12 @@ class Step:
     def _run(self, degraded: Tensor, clean: Tensor, rate: Tensor, clean_share: Tensor) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.halved, cache_enabled=False):
             out = self.model(degraded, rate) if self.pictures else self.model.code(degraded, rate)
-        pixels = degraded.shape[2] * degraded.shape[3]
-        bpp = (out.y_bits + out.z_bits) / pixels
-        cost, psnr = bpp, torch.zeros_like(bpp)
-        if isinstance(out, CodecOutput):
-            mse = (out.x_hat.float() - clean).square().mean((1, 2, 3))
-            weight = rate_lambda(rate)
-            cost = cost + weight * balanced_distortion(mse, weight)
-            psnr = -10 * mse.detach().clamp_min(1e-9).log10()
+        cost, bpp, psnr = costs(out, clean, rate)
+        z_bpp = out.z_bits.mean() / (clean.shape[2] * clean.shape[3])
         unsteadiness = _unsteadiness(self.model, out, rate)
         loss = cost.log().mean() + STEADY_WEIGHT * unsteadiness  # a percent less counts the same at every rate point
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = clip_grad_norm_(self.model.parameters(), 1.0)
         dropped = torch.ones_like(norm) if self._rehearses else (~norm.isfinite()).float()
         self.optimizer.found_inf = dropped  # type: ignore[attr-defined]  # as a GradScaler does: no update then
@@ -126,7 +131,7 @@ class Step:
         with torch.no_grad():
             mean_bpp, mean_psnr = bpp.mean(), psnr.mean()
             figures = (
-                loss, mean_bpp, out.z_bits.mean() / pixels, unsteadiness, norm, dropped, mean_psnr,
+                loss, mean_bpp, z_bpp, unsteadiness, norm, dropped, mean_psnr,
                 mean_bpp * clean_share, mean_psnr * clean_share, clean_share, torch.ones_like(dropped),
             )  # fmt: skip
             seen = torch.stack(figures)
