@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
+from typing import Any
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from service.app import create_app
-from service.batching import DeviceBroken
+from service.app import _batcher, _load, create_app
+from service.batching import DeviceBroken, Limits
 from service.codec.bitstream import Bitstream
 from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, Photo, StageTimes
@@ -67,6 +68,24 @@ def test_a_page_of_an_allowed_origin_can_read_every_refusal(own: TestClient) -> 
     answer = own.post("/compress", content=iter([b"x"]), headers=origin)
     assert answer.status_code == 413
     assert answer.headers["access-control-allow-origin"] == "https://example.org"
+
+
+def test_settings_reach_the_batcher_and_every_variant_runs_before_the_service_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: set[tuple[str | None, int]] = set()
+    encode = Engine.encode
+
+    def noted(self: Engine, jobs: Sequence[EncodeJob], *more: Any) -> list[Bitstream]:
+        ran.update((job.model, job.rate) for job in jobs)
+        return encode(self, jobs, *more)
+
+    monkeypatch.setattr(Engine, "encode", noted)
+    settings = Settings(max_batch_items=3, max_batch_pixels=4, max_batch_wait_ms=20, max_queue_items=5)
+    engine = _load(settings)
+    assert ran == {(name, rate) for name in engine.models for rate in range(1, 9)}
+    limits = _batcher(engine, Service(settings))._limits
+    assert limits == Limits(3, 4, 0.02, 5, settings.max_queue_bytes)
 
 
 def test_seven_of_eight_succeed_beside_a_poisoned_item(
