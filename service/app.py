@@ -178,8 +178,9 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
         lifespan=lifespan,
     )
     app.state.service = service
-    for module in (compress, decompress, variants, health):
-        app.include_router(module.router)
+    for module in (compress, decompress, variants):
+        app.include_router(module.router, tags=["photos"])
+    app.include_router(health.router, tags=["health"])
     mount_page(app, enabled=service.settings.demo_page)
 
     async def answer(request: Request, error: Exception) -> Response:

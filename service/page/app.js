@@ -138,10 +138,8 @@ async function foresee() {
 let later;
 const soon = () => { clearTimeout(later); later = setTimeout(process, 150); };
 
-$("file").addEventListener("change", event => {
-  take(event.target.files[0]);
-  event.target.value = ""; // so that the same file can be picked again
-});
+$("file").addEventListener("click", event => { event.target.value = ""; }); // so that the same file can be picked again
+$("file").addEventListener("change", event => take(event.target.files[0]));
 $("rate").addEventListener("input", () => { showRate(); soon(); });
 $("strength").addEventListener("input", soon);
 $("worse").addEventListener("change", event => { $("strength").disabled = event.target.value === "none"; soon(); });
