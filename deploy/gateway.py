@@ -26,6 +26,7 @@ from typing import TypedDict
 
 import httpx
 
+from service.budget import MOST_BPP
 from service.cli import positive
 from service.client import AsyncClient, LimpidError, Policy, RequestRefused
 from service.files import PHOTO_ENDINGS, write_whole
@@ -291,7 +292,7 @@ def main() -> None:
     size.add_argument(
         "--max-bytes", type=positive(int), help="budget of one frame; takes about three times as long as a rate"
     )
-    size.add_argument("--target-bpp", type=positive(float), help="the same in bits per pixel")
+    size.add_argument("--target-bpp", type=positive(float, MOST_BPP), help="the same in bits per pixel")
     parser.add_argument("--settle", type=float, default=2, help="seconds for which a frame of the folder is unchanged")
     parser.add_argument("--deadline", type=positive(float), default=60, help="seconds that a frame may take")
     parser.add_argument("--at-once", type=positive(int), default=4, help="frames under way at a time")

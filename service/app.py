@@ -200,7 +200,7 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
             expose_headers=["*"],
         )

@@ -10,6 +10,9 @@ from service.codec.config import RATE_POINTS
 DEFAULT_RATE = 4
 """The rate point of a request that states neither a rate nor a budget, and the first that is tried for a budget."""
 
+MOST_BPP = 64.0
+"""The largest budget in bits per pixel; no photo takes that many."""
+
 _GROWTH = 0.30
 """Of the logarithm of a photo's bytes from one rate point to the next, on Kodak."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from service.budget import MOST_BPP
 from service.client import Client, LimpidError
 from service.files import PHOTO_ENDINGS, Pair, overlooked, pair_up, sources, write_whole
 from service.imaging import OutputFormat
@@ -85,6 +87,8 @@ def _run(
             try:
                 if said := job.result():
                     tqdm.write(said)
+            except BrokenPipeError:
+                raise
             except ERRORS as error:
                 failed += 1
                 tqdm.write(f"limpid: {pair.source or 'standard input'}: {_words(error)}", file=sys.stderr)
@@ -114,9 +118,9 @@ def _words(error: BaseException) -> str:
 
 
 def _compress(args: argparse.Namespace, settings: Settings) -> int:
-    pairs = pair_up(args.inputs, args.output, takes=PHOTO_ENDINGS, gives=".lmp")
     for file in overlooked(args.inputs, PHOTO_ENDINGS):
-        print(f"limpid: {file} is left out, of an image only {', '.join(PHOTO_ENDINGS)}", file=sys.stderr)
+        print(f"limpid: {file} is left out: of a folder only {', '.join(PHOTO_ENDINGS)} are taken", file=sys.stderr)
+    pairs = pair_up(args.inputs, args.output, takes=PHOTO_ENDINGS, gives=".lmp")
     with closing(_codec(args, settings)) as codec:
 
         def work(data: bytes, _: Path) -> tuple[bytes, str]:
@@ -223,12 +227,12 @@ def _default(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def positive(kind: type[Number]) -> Callable[[str], Number]:
-    """For argparse: reads an int or a float above zero."""
+def positive(kind: type[Number], most: float = math.inf) -> Callable[[str], Number]:
+    """For argparse: reads a finite int or float above zero and up to `most`."""
 
     def number(text: str) -> Number:
         value = kind(text)
-        if not value > 0:
+        if not 0 < value <= most or math.isinf(value):
             raise ValueError
         return value
 
@@ -255,7 +259,10 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--rate", type=int, choices=range(1, 9), metavar="1..8", help="rate point, 4 by default")
     size.add_argument("--max-bytes", type=positive(int), metavar="N", help="best rate point of at most so many bytes")
     size.add_argument(
-        "--target-bpp", type=positive(float), metavar="F", help="best rate point of at most so many bits per pixel"
+        "--target-bpp",
+        type=positive(float, MOST_BPP),
+        metavar="F",
+        help="best rate point of at most so many bits per pixel",
     )
     compress.add_argument("--model", help="name of a model, see variants")
     compress.set_defaults(run=_compress)
@@ -300,7 +307,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        return int(args.run(args, Settings()))
+        status = int(args.run(args, Settings()))
+        sys.stdout.flush()
+        return status
     except ValidationError as error:
         for wrong in error.errors():
             print(f"limpid: {_variable(wrong['loc'])}: {wrong['msg']}, got {wrong['input']!r}", file=sys.stderr)

@@ -229,6 +229,15 @@ def _restored(response: httpx.Response) -> Restored:
     return Restored(response.content, response.headers["content-type"], **_common(response.headers))
 
 
+def _variants(response: httpx.Response) -> dict[str, Any]:
+    try:
+        answer: dict[str, Any] = response.json()
+        answer["models"]
+    except (ValueError, KeyError, TypeError):  # another service, or a proxy's page
+        raise ServiceUnavailable("unexpected-answer", response.text[:200], response.status_code) from None
+    return answer
+
+
 def _common(headers: httpx.Headers) -> dict[str, Any]:
     return {
         "rate": int(headers["limpid-rate"]),
@@ -322,8 +331,7 @@ class Client:
         Raises:
             LimpidError: see its subclasses.
         """
-        answer: dict[str, Any] = self._send(_Call("GET", "/variants", self.policy)).json()
-        return answer
+        return _variants(self._send(_Call("GET", "/variants", self.policy)))
 
     def _send(self, call: _Call) -> httpx.Response:
         while True:
@@ -390,8 +398,7 @@ class AsyncClient:
 
     async def variants(self) -> dict[str, Any]:
         """See `Client.variants`."""
-        answer: dict[str, Any] = (await self._send(_Call("GET", "/variants", self.policy))).json()
-        return answer
+        return _variants(await self._send(_Call("GET", "/variants", self.policy)))
 
     async def _send(self, call: _Call) -> httpx.Response:
         while True:

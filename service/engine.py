@@ -9,8 +9,10 @@ asyncio.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.codec.bitstream import Bitstream, BitstreamError, CorruptBitstream, Degradation
-from service.codec.config import RATE_POINTS
+from service.codec.config import RATE_POINTS, STRIDE
 from service.codec.device import keep_heap, pick_device, release_heap, transform_precision
 from service.codec.rans import CorruptPayload
 from service.codec.shipped import (
@@ -108,6 +110,12 @@ class Model:
         tensors: list[Tensor] = [one for part in parts for one in (*part.parameters(), *part.buffers())]
         tensors += codec.prior.tensors()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Of the tensors of work that was ended, which the frames of an error's traceback hold."""
+    if error:
+        traceback.clear_frames(error.__traceback__)
 
 
 class Engine:
@@ -253,13 +261,13 @@ class Engine:
         sizes = [latent_size(stream.height, stream.width) for stream in streams]
         return self._grouped([(id(model), size) for model, size in zip(models, sizes)], group)
 
-    def _grouped(self, keys: Sequence[object], run: Callable[[list[int]], list[T]]) -> list[T]:
-        """Run indexes that share a key together; results in order."""
-        groups: dict[object, list[int]] = defaultdict(list)
+    def _grouped(self, keys: Sequence[tuple[int, tuple[int, int]]], run: Callable[[list[int]], list[T]]) -> list[T]:
+        """Run indexes that share a key, a model's id and a latent size, together; results in order."""
+        groups: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
         for index, key in enumerate(keys):
             groups[key].append(index)
         results: dict[int, T] = {}
-        for indexes in groups.values():
+        for (_, (rows, columns)), indexes in groups.items():
             try:
                 results.update(zip(indexes, run(indexes)))
             except torch.OutOfMemoryError:
@@ -271,6 +279,9 @@ class Engine:
                 if "can't allocate memory" in str(error):  # how torch words it on the CPU
                     raise MemoryError(str(error)) from error
                 raise
+            finally:
+                _let_go(sys.exception())
+                self._tidy(rows * columns * STRIDE**2)
         return [results[index] for index in range(len(keys))]
 
     def _tidy(self, pixels: int) -> None:
@@ -303,7 +314,6 @@ class Engine:
             for job, degradations, one in zip(jobs[part], found, coded):
                 height, width = job.photo.shape[:2]
                 streams.append(Bitstream(model_id, job.rate, width, height, degradations, one.outliers, one.payload))
-        self._tidy(jobs[0].photo.shape[0] * jobs[0].photo.shape[1])
         return streams
 
     def _padded(self, photo: Photo) -> Tensor:
@@ -331,5 +341,4 @@ class Engine:
                     raise CorruptBitstream(str(error)) from error
             pixels = self.on_device(partial(transform, y_hat, rate))
             photos += [np.ascontiguousarray(photo[: s.height, : s.width]) for photo, s in zip(pixels, streams[part])]
-        self._tidy(streams[0].pixels)
         return photos

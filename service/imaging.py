@@ -90,8 +90,8 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
 
 
 def _begins_like(data: bytes) -> str | None:
-    """The supported format whose signature the bytes bear, as Pillow's plugins know it."""
-    accepts = {name: Image.OPEN[name][1] for name in INPUT_FORMATS}
+    """The format whose signature the bytes bear, as Pillow's plugins know it; BMP's two letters say too little."""
+    accepts = {name: Image.OPEN[name][1] for name in INPUT_FORMATS if name != "BMP"}
     return next((name for name, accept in accepts.items() if accept and accept(data[:16]) is True), None)
 
 

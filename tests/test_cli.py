@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import urllib.request
@@ -17,7 +18,7 @@ from service.engine import Photo
 from service.imaging import read_photo
 from service.local import GivenUp, Local
 from service.settings import Settings
-from tests.conftest import copied_store, image_bytes, noisy, other_store
+from tests.conftest import DATA, copied_store, image_bytes, noisy, other_store
 from tests.served import served
 
 Lines = pytest.CaptureFixture[str]
@@ -162,9 +163,9 @@ def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: Lines) -> None
         said = capsys.readouterr().err
         assert said.startswith("limpid: ")
         assert len(said.splitlines()) == 1
-    for wrong in (["--rate", "9"], ["--max-bytes", "0"], ["--target-bpp", "nan"]):
+    for wrong in ("--rate 9", "--max-bytes 0", "--target-bpp nan", "--target-bpp inf", "--target-bpp 65"):
         with pytest.raises(SystemExit) as stopped:
-            main(["compress", "a.png", *wrong])
+            main(["compress", "a.png", *wrong.split()])
         assert stopped.value.code == 2
 
 
@@ -193,7 +194,9 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Lines
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
-    listing = subprocess.Popen([*LIMPID, "variants"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    stream = sorted((DATA / "golden").glob("edge-8-*.lmp"))[0]
+    listing = subprocess.Popen([*LIMPID, "info", str(stream)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     assert listing.stdout
     assert listing.stderr
     listing.stdout.close()

@@ -83,7 +83,7 @@ def test_wrong_jobs_are_named(engine: Engine, parrots: Photo) -> None:
     assert engine.encode([]) == []
 
 
-def test_whoever_watches_may_end_the_work(engine: Engine, bikes: Photo) -> None:
+def test_whoever_watches_may_end_the_work(engine: Engine, bikes: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
     class Impatient(Watch):
         seen = 0
 
@@ -102,6 +102,12 @@ def test_whoever_watches_may_end_the_work(engine: Engine, bikes: Photo) -> None:
             work(watch)
         assert watch.seen == 3
     assert engine.encode([EncodeJob(bikes, 4)]) == [stream]
+    monkeypatch.setattr("service.engine.LARGE_PIXELS", 1)
+    released: list[int] = []
+    monkeypatch.setattr("service.engine.release_heap", lambda: released.append(1))
+    with pytest.raises(TimeoutError):
+        engine.encode([EncodeJob(bikes, 4)], watch=Impatient())
+    assert engine.device.type != "cpu" or released
     gone = weakref.ref(watch)
     del watch
     assert gone() is None  # with whatever it held on to: the photo, its result

@@ -111,7 +111,7 @@ def soup(
         The shares of the others per block.
 
     Raises:
-        ValueError: no usable photos, or a crop that is no multiple of 16.
+        ValueError: no usable photos, a crop that is no multiple of 16, or too little time for one step.
     """
     if crop % 16:
         raise ValueError(f"expected a crop that is a multiple of 16, got {crop}")
@@ -150,6 +150,8 @@ def soup(
         if progress >= 1:
             break
     bar.close()
+    if not steps:
+        raise ValueError(f"expected time for {BATCHES} batches at least, {minutes:g} minutes were enough for {count}")
     mixed.stir(mean)
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     told = ", ".join(

@@ -6,7 +6,7 @@ from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request, Response
 
-from service.budget import DEFAULT_RATE, best_rate, budget_bytes, next_rate
+from service.budget import DEFAULT_RATE, MOST_BPP, best_rate, budget_bytes, next_rate
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.codec.config import RATE_POINTS
 from service.codec.shipped import latent_size, padded_pixels
@@ -40,7 +40,7 @@ async def compress(
     max_bytes: Annotated[
         int | None, Query(ge=1, description="Best rate point whose bitstream has at most so many bytes.")
     ] = None,
-    target_bpp: Annotated[float | None, Query(gt=0, le=64, description="The same in bits per pixel.")] = None,
+    target_bpp: Annotated[float | None, Query(gt=0, le=MOST_BPP, description="The same in bits per pixel.")] = None,
     model: Annotated[str | None, Query(max_length=64, description="Name of a model, see /variants.")] = None,
 ) -> Response:
     """Compress a photo, degraded or clean. The bitstream decodes to the clean photo."""

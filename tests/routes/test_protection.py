@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -120,21 +121,31 @@ def test_seven_of_eight_succeed_beside_a_poisoned_item(
 def test_what_nobody_waits_for_leaves_the_device(
     own: TestClient, monkeypatch: pytest.MonkeyPatch, parrots: Photo
 ) -> None:
-    """A photo of 6 megapixels takes seconds; its deadline passes within them."""
+    """Its deadline passes while it is in the transforms, which are held at their first step until then."""
     encode = Engine.encode
     ended: Queue[str] = Queue()
+    answered = Event()
+
+    class Held(Watch):
+        def __init__(self, watch: Watch) -> None:
+            self.step_of_all = watch.step
+
+        def step(self) -> None:
+            assert answered.wait(60)
+            self.step_of_all()
 
     def listening(self: Engine, jobs: Sequence[EncodeJob], times: StageTimes, watch: Watch) -> list[Bitstream]:
         try:
-            return encode(self, jobs, times, watch)
+            return encode(self, jobs, times, Held(watch))
         except RuntimeError as error:
             ended.put(str(error))
             raise
 
     monkeypatch.setattr(Engine, "encode", listening)
-    large = image_bytes(np.tile(parrots, (8, 12, 1)), "BMP")
-    answer = own.post("/compress", content=large, headers={"X-API-Key": "first-key", "Limpid-Timeout": "0.5"})
+    late = {"X-API-Key": "first-key", "Limpid-Timeout": "2"}
+    answer = own.post("/compress", content=image_bytes(parrots, "BMP"), headers=late)
     assert answer.status_code == 504
+    answered.set()
     assert ended.get(timeout=30) == "nobody waits for it any more"
     assert 'limpid_batch_retries_total{reason="error"} 0.0' in own.get("/metrics").text
 
