@@ -13,13 +13,13 @@ from model_store.training.photos import PhotoPool, toned
 from service.codec.config import RATE_POINTS
 
 KIND_SHARES: dict[Kind, float] = {
-    Kind.CLEAN: 0.24,
-    Kind.NOISE: 0.17,
-    Kind.SENSOR_NOISE: 0.13,
-    Kind.RAIN: 0.14,
-    Kind.SNOW: 0.06,
-    Kind.HAZE: 0.10,
-    Kind.LOW_LIGHT: 0.09,
+    Kind.CLEAN: 0.28,
+    Kind.NOISE: 0.18,
+    Kind.SENSOR_NOISE: 0.10,
+    Kind.RAIN: 0.10,
+    Kind.SNOW: 0.05,
+    Kind.HAZE: 0.13,
+    Kind.LOW_LIGHT: 0.11,
     Kind.BLUR: 0.02,
     Kind.JPEG: 0.02,
 }
