@@ -33,6 +33,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._drain_until: float | None = None
+        self._untold: int | None = None
         self._reloading: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -46,16 +47,22 @@ class DrainingServer(uvicorn.Server):
         task.add_done_callback(self._reloading.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """For SIGINT and SIGTERM; does not chain to uvicorn, which would raise the signal again at its end."""
+        """For SIGINT and SIGTERM; does not chain to uvicorn, which would raise the signal again at its end.
+
+        It may interrupt a line of the log that is being written, and another line within would raise: `on_tick` tells.
+        """
         if self._service.draining:
             self.force_exit = self.should_exit = True
             return
-        log.info("draining", extra={"fields": {"signal": sig, "admitted": self._service.admitted}})
         self._service.draining = True
+        self._untold = sig
         self._drain_until = time.monotonic() + self._service.settings.drain_grace_s
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
+        if self._untold is not None:
+            log.info("draining", extra={"fields": {"signal": self._untold, "admitted": self._service.admitted}})
+            self._untold = None
         if self._drain_until is not None:
             left = self._service.admitted
             if not left:  # answers may still be on their way to slow clients

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import httpx2
 import numpy as np
 import pytest
-from fastapi import Request
+import uvicorn
+from fastapi import FastAPI, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from service.codec.bitstream import MEDIA_TYPE
@@ -24,7 +25,9 @@ from service.engine import Photo
 from service.exchange import timeout_of
 from service.metrics import Metrics
 from service.middleware import RequestMiddleware
+from service.server import DrainingServer
 from service.settings import Settings
+from service.state import Service
 from tests.conftest import image_bytes
 from tests.served import served
 
@@ -62,6 +65,20 @@ def test_sigterm_loses_no_admitted_request_and_exits_with_0(parrots: Photo) -> N
             answers = [post.result() for post in posts]
         assert [answer.status_code for answer in answers] == [200] * 12
         assert process.wait(20) == 0
+
+
+def test_a_signal_writes_nothing_where_it_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come while a line of the log is being written, where another one raises and the signal would be lost."""
+
+    def reentrant(*_: object, **__: object) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    service = Service(Settings())
+    server = DrainingServer(uvicorn.Config(FastAPI()), service)
+    with monkeypatch.context() as patch:
+        patch.setattr("service.server.log.info", reentrant)
+        server.handle_exit(signal.SIGTERM, None)
+    assert service.draining
 
 
 def test_a_slow_body_is_cut_off(server: str) -> None:
