@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from starlette.testclient import TestClient
 
+from model_store.index import read_model
 from service.app import create_app
 from service.codec.shipped import ShippedCodec
 from service.engine import Engine, Photo
@@ -48,13 +48,11 @@ def other_store(folder: Path, name: str) -> ModelStore:
     """A store that holds one model: the default of the shipped store with one weight of g_s moved a little."""
     shipped = ModelStore(DEFAULT_STORE)
     entry = shipped.entry(shipped.index.default)
-    path = DEFAULT_STORE / entry.file
-    with safe_open(path, framework="pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(path)
+    model = read_model(DEFAULT_STORE)
+    tensors = model.tensors
     moved = next(key for key in tensors if key.startswith("g_s") and tensors[key].is_floating_point())
     tensors[moved] = tensors[moved] * 1.001
-    data = save(tensors, metadata)
+    data = save(tensors, {"limpid": model.description})
     changed = {"name": name, "file": f"{name}.safetensors", "sha256": hashlib.sha256(data).hexdigest()}
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.safetensors").write_bytes(data)

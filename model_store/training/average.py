@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from model_store.training.growth import grown
-from model_store.training.loss import LAMBDA_RANGE
-from model_store.training.weights import weights_to_start_from
+from model_store.training.weights import weights_to_start_from, write_mixed
 from service.codec.config import CONFIGS
 
 
@@ -41,12 +40,8 @@ def average(checkpoint: Path, parts: Sequence[tuple[float, Path]], output: Path)
             raise ValueError(f"expected the weights of one {state['size']}, {path} has others")
         for name, value in weights.items():
             mean[name] = mean.get(name, 0) + share * value if value.is_floating_point() else value
-    low, high = LAMBDA_RANGE
     told = ", ".join(f"{share:g} {path.parent.name}/{path.name}" for share, path in parts)
-    record = {**state["record"], "lambda_low": low, "lambda_high": high, "averaged": told}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"size": state["size"], "model": mean, "ema": mean, "step": state["step"], "seconds": state["seconds"],
-                "record": record}, output)  # fmt: skip
+    write_mixed(state, mean, output, averaged=told)
     return output
 
 

@@ -17,7 +17,7 @@ from model_store.degradations import Kind
 from model_store.training.batches import Batches
 from model_store.training.compiled import compile_blocks, compile_prior
 from model_store.training.loss import LAMBDA_RANGE
-from model_store.training.photos import PhotoPool
+from model_store.training.photos import PhotoPool, check_crop
 from model_store.training.step import FIGURES, Ema, Step
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import trained_lambdas, weights_to_start_from
@@ -89,8 +89,7 @@ def train(
         ValueError: no usable photos, nothing that could learn, a crop that is no multiple of 16, or a run with another
             range of lambda, on another kind of device, or that is a mean of runs.
     """
-    if crop % 16:
-        raise ValueError(f"expected a crop that is a multiple of 16, got {crop}")
+    check_crop(crop)
     where = pick_device(device or "auto")
     halved = transform_precision(where) == "bfloat16"  # emulated where the hardware lacks it: ten times slower
     run.mkdir(parents=True, exist_ok=True)

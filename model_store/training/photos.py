@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from model_store.training.held_out import is_held_out
+from service.codec.config import STRIDE
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 
@@ -26,6 +27,14 @@ def photo_paths(folder: Path) -> list[Path]:
     if not paths:
         raise ValueError(f"expected photographs below {folder}, found none")
     return paths
+
+
+def check_crop(side: int) -> None:
+    """Raises:
+    ValueError: the transforms take no crop of this side.
+    """
+    if side % STRIDE:
+        raise ValueError(f"expected a crop that is a multiple of {STRIDE}, got {side}")
 
 
 def load_photo(path: Path) -> Tensor | None:

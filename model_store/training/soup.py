@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from model_store.training.batches import Batches
 from model_store.training.compiled import compile_blocks
-from model_store.training.loss import LAMBDA_RANGE
-from model_store.training.photos import PhotoPool
+from model_store.training.photos import PhotoPool, check_crop
 from model_store.training.step import costs
-from model_store.training.weights import weights_to_start_from
+from model_store.training.weights import weights_to_start_from, write_mixed
 from service.codec.config import CONFIGS
 from service.codec.device import pick_device, transform_precision
 from service.codec.model import TrainableCodec
@@ -113,8 +112,7 @@ def soup(
     Raises:
         ValueError: no usable photos, a crop that is no multiple of 16, or too little time for one step.
     """
-    if crop % 16:
-        raise ValueError(f"expected a crop that is a multiple of 16, got {crop}")
+    check_crop(crop)
     where = pick_device(device or "auto")
     halved = transform_precision(where) == "bfloat16"
     torch.manual_seed(seed)
@@ -157,11 +155,7 @@ def soup(
     told = ", ".join(
         f"{share:.3f} {path.parent.name}/{path.name}" for share, path in zip(mean.mean(1).tolist(), others)
     )
-    low, high = LAMBDA_RANGE
-    record = {**state["record"], "lambda_low": low, "lambda_high": high, "soup": told}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"size": state["size"], "model": weights, "ema": weights, "step": state["step"],
-                "seconds": state["seconds"], "record": record}, output)  # fmt: skip
+    write_mixed(state, weights, output, soup=told)
     return dict(zip(mixed.blocks, mean.T.tolist()))
 
 

@@ -41,6 +41,21 @@ def keep_weights(checkpoint: Path, path: Path) -> None:
     save_file(halved, path, {_LOW: str(low), _HIGH: str(high)})
 
 
+def write_mixed(state: Mapping[str, Any], weights: Mapping[str, Tensor], output: Path, **told: str) -> None:
+    """Write weights that come of several runs as a checkpoint without an optimizer, to be exported or started from.
+
+    Args:
+        state: checkpoint of a run, whose size, steps, time and record go along.
+        weights: of its size, their rate points spaced over today's `LAMBDA_RANGE`.
+        told: what the record says besides, of where they come from.
+    """
+    low, high = LAMBDA_RANGE
+    record = {**state["record"], "lambda_low": low, "lambda_high": high, **told}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"size": state["size"], "model": weights, "ema": weights, "step": state["step"],
+                "seconds": state["seconds"], "record": record}, output)  # fmt: skip
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The weights of a run as they are: a file of `keep_weights`, or the EMA of a checkpoint."""
     return _read(path)[0]
