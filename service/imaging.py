@@ -8,18 +8,25 @@ first frame of an animation. Limits are checked from the header, before a pixel 
 from __future__ import annotations
 
 import io
+import re
 import zlib
 from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 Photo = NDArray[np.uint8]
 
 INPUT_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP")
 
 Image.MAX_IMAGE_PIXELS = None  # `read_photo` has its own limit and applies it before decoding
+
+_MOST_SCANS = 100
+"""Of a progressive JPEG; photos have some ten. Each costs as much time as the photo is large and as few as 33 bytes."""
+
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""All but those that stand alone, among the entropy-coded data too (ITU-T T.81, table B.1)."""
 
 _SRGB = ImageCms.createProfile("sRGB")
 
@@ -65,7 +72,7 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
     Raises:
         NotAnImage: none of the supported formats.
         TooManyPixels: width times height exceeds max_pixels; nothing was decoded.
-        CorruptImage: the file is cut short or damaged.
+        CorruptImage: the file is cut short or damaged, or would cost far more work than its photo is worth.
         MemoryError: the machine has too little for it.
     """
     try:
@@ -79,14 +86,29 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
     except Exception as error:  # Pillow's plugins raise whatever their libraries do
         raise CorruptImage(f"the image header is damaged: {error}") from error
     with image:
-        check_size(image.height, image.width, max_pixels)
         try:
+            _check_cost(image, data, max_pixels)
             image.load()
-            return _to_srgb(_upright(image))
-        except MemoryError:
+            _turn_upright(image)
+            return _to_srgb(image)
+        except (ImageError, MemoryError):
             raise
         except Exception as error:
             raise CorruptImage(f"the {image.format} file is damaged: {error}") from error
+
+
+def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Of decoding it, from its header.
+
+    Raises:
+        TooManyPixels, CorruptImage: as in `read_photo`.
+    """
+    check_size(image.height, image.width, max_pixels)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # whole tiles are allocated, be they larger than the photo
+        tags, tag = image.tag_v2, ExifTags.Base
+        check_size(int(tags.get(tag.TileLength, 1)), int(tags.get(tag.TileWidth, 1)), max_pixels)
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and _scans(data) > _MOST_SCANS:
+        raise CorruptImage(f"expected a JPEG of at most {_MOST_SCANS} scans")
 
 
 def _begins_like(data: bytes) -> str | None:
@@ -95,14 +117,23 @@ def _begins_like(data: bytes) -> str | None:
     return next((name for name, accept in accepts.items() if accept and accept(data[:16]) is True), None)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says; as it lies where the EXIF is broken, which every viewer forgives."""
+def _scans(jpeg: bytes) -> int:
+    """How often the first image of the file begins a scan; what follows it, such as a phone's video, does not count."""
+    count, at = 0, 2
+    while (found := _JPEG_MARKER.search(jpeg, at)) and found[0] != b"\xff\xd9":
+        count += found[0] == b"\xff\xda"
+        at = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])  # past the marker's parameters
+    return count
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """As its EXIF says; it stays as it lies where the EXIF is broken, which every viewer forgives."""
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
     except Exception:  # Pillow's parser raises whatever the damage leads to
-        return image
+        return
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
@@ -134,10 +165,13 @@ def _to_srgb(image: Image.Image) -> Photo:
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits, rounded; float grey is taken as [0, 1]."""
-    values = np.asarray(image).astype(np.float64)
-    scaled = np.nan_to_num(values) * 255 if image.mode == "F" else values * (255 / 65535)
-    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+    """16-bit grey to 8 bits, rounded; float grey is taken as [0, 1]. A row at a time, for memory's sake."""
+    scale = 255 if image.mode == "F" else 255 / 65535
+    values = np.asarray(image)
+    grey = np.empty(values.shape, np.uint8)
+    for row, of in zip(grey, values):
+        row[:] = np.clip(np.rint(np.nan_to_num(of.astype(np.float64)) * scale), 0, 255)
+    return Image.fromarray(grey)
 
 
 def _convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -146,6 +146,32 @@ def test_a_bomb_is_refused_from_its_header() -> None:
         read_photo(bomb(1001, 1000), LIMIT)
 
 
+def test_a_tile_larger_than_its_photo_is_refused_unread() -> None:
+    pixels = zlib.compress(bytes(8192 * 8192))
+    entries = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: 8192, 323: 8192, 324: 8, 325: len(pixels)}
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in entries.items())
+    tiled = struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + directory + bytes(4)
+    assert read_photo(tiled, 8192 * 8192).shape == (64, 64, 3)
+    with pytest.raises(TooManyPixels, match="8192x8192"):
+        read_photo(tiled, LIMIT)
+
+
+def scans_added(progressive: bytes, count: int) -> bytes:
+    """The last scan of a progressive JPEG so many times more."""
+    last, end = progressive.rindex(b"\xff\xda"), progressive.rindex(b"\xff\xd9")
+    return progressive[:end] + progressive[last:end] * count + progressive[end:]
+
+
+def test_a_jpeg_of_ever_more_scans_is_refused_unread(parrots: Photo) -> None:
+    progressive = image_bytes(parrots, "JPEG", progressive=True)
+    video = b"\xff\xda" * 1000  # as phones append it
+    assert np.array_equal(read_photo(progressive + video, LIMIT), read_photo(progressive, LIMIT))
+    assert read_photo(scans_added(progressive, 50), LIMIT).shape == parrots.shape
+    for comment in (b"", b"\xff\xfe\x00\x04\xff\xd9"):  # an end that is none
+        with pytest.raises(CorruptImage, match="at most 100 scans"):
+            read_photo(progressive[:2] + comment + scans_added(progressive, 100)[2:], LIMIT)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
