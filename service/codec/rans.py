@@ -33,7 +33,8 @@ SYMBOL_LIMIT = 2**15 - 1
 FEWEST_SYMBOLS = 4
 
 _AT_ONCE = 2**18
-"""Symbols per call of the coder: it holds Python's lock, under which nothing else of the service moves."""
+"""Symbols per call of the coder, which holds Python's lock: nothing else of the service moves then. (`flush` writes all
+that was added in one call, 15 ms per million symbols; it offers no other way.)"""
 
 _WORD = 4
 """Bytes that the decoder reads at most per symbol; its state takes four such words."""
@@ -152,6 +153,31 @@ class Decoder:
         return symbols
 
 
+def _numbers(data: bytes, most: int) -> Symbols:
+    """LEB128 numbers below 2^31, read 2^18 bytes at a time: the arrays beside take twenty times as much.
+
+    Raises:
+        CorruptPayload: they are more than so many, or not of this kind.
+    """
+    found, count, at = [np.zeros(0, np.int32)], 0, 0
+    while at < len(data):
+        seen = np.frombuffer(data, np.uint8, min(_AT_ONCE, len(data) - at), at)
+        last = np.flatnonzero(seen < 0x80)
+        first = np.concatenate([[0], last[:-1] + 1])
+        if not len(last) or (last - first >= _MOST_BYTES).any():
+            raise CorruptPayload(f"outliers: a number of more than {_MOST_BYTES} bytes, or one cut short")
+        values = np.zeros(len(last), np.int64)
+        for place in range(int((last - first).max()) + 1):
+            has = first + place <= last
+            values[has] |= (seen[first[has] + place].astype(np.int64) & 0x7F) << 7 * place
+        count += len(values)
+        if count > most or int(values.max()) > np.iinfo(np.int32).max:
+            raise CorruptPayload(f"outliers: more than {most} numbers, or one too large")
+        found.append(values.astype(np.int32))
+        at += int(last[-1]) + 1
+    return np.concatenate(found)
+
+
 @dataclass(frozen=True)
 class Outliers:
     """Symbols that did not fit their table: `position` (n,) in coding order, `excess` (n,) beyond the clipped value.
@@ -159,13 +185,13 @@ class Outliers:
     Bytes: n, then per outlier the distance from the position before (from -1) and the zigzag excess, all LEB128.
     """
 
-    position: NDArray[np.int64]
-    excess: NDArray[np.int64]
+    position: Symbols
+    excess: Symbols
 
     @classmethod
     def between(cls, symbols: Symbols, clipped: Symbols) -> Outliers:
-        position = np.flatnonzero(symbols != clipped)
-        return cls(position, symbols[position].astype(np.int64) - clipped[position])
+        position = np.flatnonzero(symbols != clipped).astype(np.int32)
+        return cls(position, symbols[position] - clipped[position])
 
     def to_bytes(self) -> bytes:
         if not len(self.position):
@@ -185,24 +211,15 @@ class Outliers:
         """Raises:
         CorruptPayload: the bytes are not a list of outliers of a photo with so many latents.
         """
-        if len(data) > _MOST_BYTES * (2 * latents + 1):
-            raise CorruptPayload(f"outliers: {len(data)} bytes for {latents} latents")
-        seen = np.frombuffer(data, np.uint8)
-        last = np.flatnonzero(seen < 0x80)
-        first = np.concatenate([[0], last[:-1] + 1]) if len(last) else last
-        length = last - first + 1
-        if (length > _MOST_BYTES).any():
-            raise CorruptPayload(f"outliers: a number of more than {7 * _MOST_BYTES} bits")
-        values = np.zeros(len(last), np.int64)
-        for place in range(int(length.max(initial=0))):
-            has = length > place
-            values[has] |= (seen[first[has] + place].astype(np.int64) & 0x7F) << 7 * place
-        if (len(seen) and seen[-1] >= 0x80) or (len(values) and len(values) != 2 * values[0] + 1):
+        numbers = _numbers(data, 2 * latents + 1)
+        if len(numbers) and len(numbers) != 2 * int(numbers[0]) + 1:
             raise CorruptPayload("outliers: the list does not end where it should")
-        steps, zigzag = values[1::2], values[2::2]
+        steps, zigzag = numbers[1::2], numbers[2::2]
         if (steps < 1).any() or (zigzag < 1).any() or (zigzag > 4 * SYMBOL_LIMIT).any():
             raise CorruptPayload("outliers: a step or an excess out of range")
-        return cls(np.cumsum(steps) - 1, np.where(zigzag % 2, -(zigzag + 1) // 2, zigzag // 2))
+        if int(steps.sum(dtype=np.int64)) > latents:
+            raise CorruptPayload(f"outliers: one beyond the {latents} latents")
+        return cls(np.cumsum(steps, dtype=np.int32) - 1, np.where(zigzag % 2, -(zigzag + 1) // 2, zigzag // 2))
 
     def within(self, start: int, count: int) -> Outliers:
         """Those at positions start to start + count, relative to start."""
@@ -212,7 +229,7 @@ class Outliers:
     def apply(self, symbols: Symbols) -> Symbols:
         """Add the excesses, in place. Raises CorruptPayload where a symbol leaves the limits."""
         if len(self.position):
-            symbols[self.position] += self.excess.astype(np.int32)
+            symbols[self.position] += self.excess
             if np.abs(symbols[self.position]).max() > SYMBOL_LIMIT:
                 raise CorruptPayload(f"outliers: a symbol beyond +-{SYMBOL_LIMIT}")
         return symbols

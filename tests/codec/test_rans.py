@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_the_guard_refuses_what_the_coder_would_crash_on() -> None:
 )
 def test_outliers_round_trip(values: dict[int, int]) -> None:
     positions = sorted(values)
-    outliers = Outliers(np.array(positions, np.int64), np.array([values[p] for p in positions], np.int64))
+    outliers = Outliers(np.array(positions, np.int32), np.array([values[p] for p in positions], np.int32))
     back = Outliers.from_bytes(outliers.to_bytes(), 10**6 + 1)
     assert back.position.tolist() == positions
     assert back.excess.tolist() == outliers.excess.tolist()
@@ -113,10 +114,26 @@ def test_any_outlier_bytes_are_a_list_or_an_error(data: bytes) -> None:
 
 
 def test_more_bytes_than_a_photo_can_need_are_refused_unread() -> None:
-    with pytest.raises(CorruptPayload, match="for 32 latents"):
+    with pytest.raises(CorruptPayload, match="more than 65 numbers"):
         Outliers.from_bytes(b"\1" * 10**6, 32)
     with pytest.raises(CorruptPayload, match="for 32 symbols"):
         Decoder(bytes(10**6), 32)
+
+
+def test_a_long_list_of_outliers_costs_memory_by_its_length() -> None:
+    random = np.random.default_rng(3)
+    steps, excess = random.integers(1, 300, 10**6), random.integers(1, SYMBOL_LIMIT, 10**6)
+    outliers = Outliers(np.cumsum(steps).astype(np.int32) - 1, excess.astype(np.int32))
+    data = outliers.to_bytes()
+    tracemalloc.start()
+    back = Outliers.from_bytes(data, int(steps.sum()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(back.position, outliers.position)
+    assert np.array_equal(back.excess, outliers.excess)
+    assert peak < 12 * len(data)
+    with pytest.raises(CorruptPayload, match="beyond"):
+        Outliers.from_bytes(data, int(steps.sum()) - 1)
 
 
 def test_clipped_symbols_are_restored_across_groups() -> None:
