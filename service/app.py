@@ -25,8 +25,8 @@ from service.batching import Batcher, DeviceBroken, Events, Limits
 from service.codec.bitstream import Bitstream, DegradationKind
 from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, StageTimes
-from service.errors import INTERNAL, KINDS, Problem, problem_of, problem_response
-from service.exchange import CLIENT_GONE, PHASES, ClientGone
+from service.errors import CLIENT_GONE, INTERNAL, KINDS, Problem, problem_of, problem_response
+from service.exchange import PHASES, ClientGone
 from service.middleware import OPERATIONS, RequestMiddleware
 from service.routes import compress, decompress, health, variants
 from service.routes.compress import UNKNOWN
@@ -195,7 +195,12 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
         app.add_exception_handler(kind, answer)
     if service.settings.otlp_endpoint:
         service.stage_span = set_up_tracing(app, service.settings.otlp_endpoint)
-    app.add_middleware(RequestMiddleware, metrics=service.metrics, max_body_bytes=service.settings.max_body_bytes)
+    app.add_middleware(
+        RequestMiddleware,
+        metrics=service.metrics,
+        max_body_bytes=service.settings.max_body_bytes,
+        body_timeout_s=service.settings.body_timeout_s,
+    )
     if service.settings.cors_origins:  # around all the rest: its refusals too are for the page to read
         app.add_middleware(
             CORSMiddleware,

@@ -117,9 +117,18 @@ class Batcher(Generic[Item, Result]):
         self.broken: DeviceBroken | None = None
 
     async def submit(
-        self, item: Item, key: Hashable, *, pixels: int = 0, bytes: int = 0, deadline: float = math.inf
+        self,
+        item: Item,
+        key: Hashable,
+        *,
+        pixels: int = 0,
+        bytes: int = 0,
+        deadline: float = math.inf,
+        begun: bool = False,
     ) -> Done[Result]:
         """Queue an item and wait for its result. Cancelling the caller takes the item back while it waits.
+
+        `begun`: it goes on with work that the device has begun, which a full queue does not refuse.
 
         Raises:
             QueueFull, DeviceBroken: at once.
@@ -129,9 +138,9 @@ class Batcher(Generic[Item, Result]):
         if self.broken:
             raise self.broken
         limits = self._limits
-        if self.waiting_items >= limits.queue_items:
+        if not begun and self.waiting_items >= limits.queue_items:
             raise QueueFull(f"{self.waiting_items} requests wait already, the most that may", self.retry_after())
-        if self.waiting_items and self.waiting_bytes + bytes > limits.queue_bytes:
+        if not begun and self.waiting_items and self.waiting_bytes + bytes > limits.queue_bytes:
             raise QueueFull(f"{self.waiting_bytes} bytes wait already, too many to add {bytes}", self.retry_after())
         entry: _Entry[Item, Result] = _Entry(
             item, key, pixels, bytes, deadline, self._clock(), next(self._order), asyncio.Future()
@@ -174,24 +183,27 @@ class Batcher(Generic[Item, Result]):
         """Launch batches as long as the device has room and something waits."""
         self._pumping = False
         while self._buckets and len(self._running) < self._limits.in_flight and not self.broken:
-            key = min(self._buckets, key=lambda key: self._buckets[key][0].order)
-            if self._waits_for_company(self._buckets[key]):
+            ready = self._ready()
+            if not ready:
                 return
-            batch = self._take(key)
+            batch = self._take(key := min(ready, key=lambda key: self._buckets[key][0].order))
             if batch:
                 self._events.launched(key, len(batch))
                 task = asyncio.ensure_future(self._run(key, batch))
                 self._running.add(task)
                 task.add_done_callback(self._finished)
 
-    def _waits_for_company(self, bucket: deque[_Entry[Item, Result]]) -> bool:
-        limits = self._limits
-        left = bucket[0].arrived + limits.batch_wait - self._clock()
-        if left <= 0 or len(bucket) >= limits.batch_items:
-            return False
-        if self._wake is None:
-            self._wake = asyncio.get_running_loop().call_later(left, self._woken)
-        return True
+    def _ready(self) -> list[Hashable]:
+        """Buckets that wait for no more company; where there are none, pumps again when the first is."""
+        limits, now = self._limits, self._clock()
+        left = {
+            key: 0.0 if len(bucket) >= limits.batch_items else bucket[0].arrived + limits.batch_wait - now
+            for key, bucket in self._buckets.items()
+        }
+        ready = [key for key, seconds in left.items() if seconds <= 0]
+        if not ready and self._wake is None:
+            self._wake = asyncio.get_running_loop().call_later(min(left.values()), self._woken)
+        return ready
 
     def _woken(self) -> None:
         self._wake = None

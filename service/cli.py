@@ -20,7 +20,7 @@ from service.budget import MOST_BPP
 from service.client import Client, LimpidError
 from service.files import PHOTO_ENDINGS, Pair, overlooked, pair_up, sources, write_whole
 from service.imaging import OutputFormat
-from service.settings import Settings
+from service.settings import Settings, near_misses
 
 if TYPE_CHECKING:
     from service.local import Local
@@ -37,6 +37,10 @@ def _serve(args: argparse.Namespace, _: Settings) -> int:
     from service.server import serve
 
     chosen = {name: value for name in ("host", "port") if (value := getattr(args, name)) is not None}
+    if misspelt := near_misses(os.environ):
+        raise ValueError(
+            "; ".join(f"{given} is no setting of the service; is {meant} meant?" for given, meant in misspelt)
+        )
     serve(Settings(**chosen))
     return 0
 
@@ -134,7 +138,7 @@ def _compress(args: argparse.Namespace, settings: Settings) -> int:
 
 def _decompress(args: argparse.Namespace, settings: Settings) -> int:
     formats = {f".{output.name.lower()}": output for output in OutputFormat} | {".jpg": OutputFormat.JPEG}
-    named = Path(args.output or "").suffix.lower()
+    named = Path(args.output).suffix.lower() if args.output and not Path(args.output).is_dir() else ""
     chosen = f".{args.format}" if args.format else named or ".png"
     if chosen not in formats:
         raise ValueError(f"expected an output name that ends in one of {', '.join(formats)}, got {args.output}")

@@ -64,8 +64,9 @@ class UnknownModel(BitstreamError):
 
 @dataclass
 class StageTimes:
-    """Seconds spent per stage of one call."""
+    """Seconds spent per stage of one call; `queue` is the wait for the device while another call has it."""
 
+    queue: float = 0.0
     transform: float = 0.0
     entropy: float = 0.0
 
@@ -80,10 +81,11 @@ class _Timer(AbstractContextManager[None]):
     start: float = 0.0
 
     def __enter__(self) -> None:
-        self.start = time.perf_counter()
+        self.start = time.perf_counter() - self.times.queue
 
     def __exit__(self, *_: object) -> None:
-        setattr(self.times, self.stage, getattr(self.times, self.stage) + time.perf_counter() - self.start)
+        seconds = time.perf_counter() - self.times.queue - self.start
+        setattr(self.times, self.stage, getattr(self.times, self.stage) + seconds)
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,20 @@ class Engine:
         """End the engine's thread once its work is done."""
         self._device_thread.shutdown()
 
-    def on_device(self, work: Callable[[], T]) -> T:
-        """Run torch work in the engine's thread and wait for it.
+    def on_device(self, work: Callable[[], T], times: StageTimes | None = None) -> T:
+        """Run torch work in the engine's thread and wait for it; `times` learns how long it waited for its turn.
 
         No other thread may: where there are more OpenMP threads than CPUs, those that wait no longer spin, and
         everything takes a third longer (two cores, libgomp).
         """
-        return self._device_thread.submit(torch.inference_mode()(work)).result()
+        asked = time.perf_counter()
+
+        def run() -> T:
+            if times:
+                times.queue += time.perf_counter() - asked
+            return work()
+
+        return self._device_thread.submit(torch.inference_mode()(run)).result()
 
     def _loaded(self, store: ModelStore, entry: ModelEntry) -> Model:
         return Model(entry, self.on_device(lambda: store.load(entry, self.device, getattr(torch, self.precision))))
@@ -270,9 +279,6 @@ class Engine:
         for (_, (rows, columns)), indexes in groups.items():
             try:
                 results.update(zip(indexes, run(indexes)))
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                raise
             except torch.AcceleratorError as error:
                 raise DeviceFailure(f"{self.device}: {error}") from error
             except RuntimeError as error:
@@ -307,7 +313,7 @@ class Engine:
                 return codec.symbols_of(y, z_hat, rate), found
 
         for part in self._parts(len(jobs), padded_pixels(*jobs[0].photo.shape[:2])):
-            latents, found = self.on_device(partial(transform, jobs[part]))
+            latents, found = self.on_device(partial(transform, jobs[part]), times)
             with times.measure("entropy"):
                 coded = [codec.write(one) for one in latents]
             model_id = model.entry.model_id
@@ -336,9 +342,9 @@ class Engine:
             coded = [Coded(stream.payload, stream.outliers) for stream in streams[part]]
             with times.measure("entropy"):
                 try:
-                    y_hat = codec.read(coded, rate, h, w, self.on_device)
+                    y_hat = codec.read(coded, rate, h, w, partial(self.on_device, times=times))
                 except CorruptPayload as error:
                     raise CorruptBitstream(str(error)) from error
-            pixels = self.on_device(partial(transform, y_hat, rate))
+            pixels = self.on_device(partial(transform, y_hat, rate), times)
             photos += [np.ascontiguousarray(photo[: s.height, : s.width]) for photo, s in zip(pixels, streams[part])]
         return photos

@@ -24,6 +24,9 @@ from service.imaging import CorruptImage, NotAnImage, TooManyPixels
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
+CLIENT_GONE = 499
+"""The status that a request is counted under when its client closed it, as nginx does."""
+
 
 @dataclass(frozen=True)
 class Kind:

@@ -36,12 +36,8 @@ TIMEOUT_HEADER = "limpid-timeout"
 BINARY = {"type": "string", "format": "binary"}
 
 
-CLIENT_GONE = 499
-"""The status that a request is counted under when its client closed it, as nginx does."""
-
-
-PHASES = ("body", "image_decode", "queue", "image_encode")
-"""What a request may be waiting for when its client hangs up."""
+PHASES = ("body", "image_decode", "queue", "image_encode", "answer")
+"""What a request may be waiting for when its client hangs up; the last: that the client takes its answer."""
 
 
 class ClientGone(Exception):
@@ -133,6 +129,7 @@ class Exchange:
         Raises:
             Problem: 400, no bytes or no such field; 408, it came too slowly. 413 comes from the middleware.
         """
+        started = time.perf_counter()
         try:
             async with asyncio.timeout(self.service.settings.body_timeout_s) as limit:
                 data = await self._read()
@@ -143,6 +140,7 @@ class Exchange:
                     BODY_TIMEOUT, f"expected the body within {seconds:g} seconds", {"Connection": "close"}
                 ) from None
             raise
+        self._add("body", time.perf_counter() - started)
         if not data:
             raise Problem(EMPTY, "expected a file in the body, got no bytes")
         self.watcher = asyncio.create_task(self._watch())
@@ -177,20 +175,26 @@ class Exchange:
         self._add(stage, time.perf_counter() - started)
         return result
 
-    async def submit(self, item: Work, key: Hashable, *, pixels: int, bytes: int) -> object:
-        """Send one item through the batcher; returns what the engine made of it."""
+    async def submit(self, item: Work, key: Hashable, *, pixels: int, bytes: int, begun: bool = False) -> object:
+        """Send one item through the batcher; returns what the engine made of it. `begun` as there."""
         self.phase = "queue"
-        done = await self.ready.batcher.submit(item, key, pixels=pixels, bytes=bytes, deadline=self.deadline)
+        done = await self.ready.batcher.submit(
+            item, key, pixels=pixels, bytes=bytes, deadline=self.deadline, begun=begun
+        )
         value, times = done.result
-        self._add("queue", done.queued)
+        self._add("queue", done.queued + times.queue)
         self._add("transform", times.transform)
         self._add("entropy", times.entropy)
         return value
 
     def _add(self, stage: str, seconds: float) -> None:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
-        self.service.metrics.stage_seconds.labels(self.operation, stage).observe(seconds)
         self.service.stage_span(stage, seconds)
+
+    def observe_stages(self) -> None:
+        """Once per request, at its end: a budget passes some stages several times."""
+        for stage, seconds in self._seconds.items():
+            self.service.metrics.stage_seconds.labels(self.operation, stage).observe(seconds)
 
     def server_timing(self) -> str:
         """The `Server-Timing` header (W3C): milliseconds per stage."""
@@ -211,7 +215,7 @@ def check_query(request: Request) -> None:
 
 @asynccontextmanager
 async def exchange(request: Request, service: Service, operation: str) -> AsyncIterator[Exchange]:
-    """Admit a request, before any of its body is read, and see it to its end.
+    """Admit a request, before any of its body is read, and see it to its end; it counts until its answer is sent.
 
     Raises:
         Problem: 400, 401, 429, 503 at once; 504 when the deadline passes.
@@ -229,6 +233,13 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
     in_progress = service.metrics.in_progress.labels(operation)
     service.admitted += 1
     in_progress.inc()
+
+    def release() -> None:
+        service.admitted -= 1
+        service.body_bytes -= call.expected
+        in_progress.dec()
+
+    request.state.until_sent.callback(release)
     try:
         async with asyncio.timeout(timeout):
             yield call
@@ -244,8 +255,6 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
         service.metrics.disconnects.labels(call.phase).inc()
         raise ClientGone(call.phase) from None
     finally:
-        service.admitted -= 1
-        service.body_bytes -= call.expected
-        in_progress.dec()
+        call.observe_stages()
         if call.watcher:
             call.watcher.cancel()

@@ -26,13 +26,13 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same for people: time, level, message, then `field=value`."""
+    """The same for people: time, level, message, then `field=value`, escaped: paths are the clients' words."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {name}={value}" for name, value in getattr(record, "fields", {}).items())
+        fields = "".join(f" {name}={value!r}" for name, value in getattr(record, "fields", {}).items())
         return super().formatMessage(record) + fields
 
 

@@ -51,6 +51,7 @@ class Metrics:
         self.batch_retries = counter("batch_retries_total", "Failed batches that were halved.", "reason")
         self.pixels = counter("pixels_total", "Pixels of photos processed.", "operation", "model")
         self.bitstream_bytes = counter("bitstream_bytes_total", "Bytes of bitstreams.", "operation", "model")
+        self.image_bytes = counter("image_bytes_total", "Bytes of image files, in or out.", "operation", "model")
         self.degradations = counter("degradations_total", "Degradations that the encoder reported.", "kind")
         self.request_seconds = histogram(
             "http_request_duration_seconds", "From the first byte read to the answer.", _SECONDS, "operation"

@@ -10,16 +10,20 @@ import logging
 import re
 import time
 import uuid
+from contextlib import ExitStack
 
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import DRAINING, INTERNAL, TOO_LARGE, Problem, problem_of, problem_response
+from service.errors import CLIENT_GONE, DRAINING, INTERNAL, TOO_LARGE, Problem, problem_of, problem_response
 from service.metrics import Metrics
 
 log = logging.getLogger("limpid")
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+PIECE = 2**16
+"""Bytes of an answer that are handed to the server at a time: beyond so many it waits for the client."""
+
 OPERATIONS = {"/compress": "compress", "/decompress": "decompress"}
 
 
@@ -27,11 +31,14 @@ class RequestMiddleware:
     """Gives each request an id, cuts bodies at `max_body_bytes`, counts and logs what was answered.
 
     The id is the client's `X-Request-ID` where that is at most 64 letters, digits, dots, dashes and underscores. HEAD
-    is answered as GET without the body (RFC 9110, section 9.3.2).
+    is answered as GET without the body (RFC 9110, section 9.3.2). An answer goes out as fast as its client takes it,
+    in pieces of `PIECE` bytes; a client that takes none for `body_timeout_s` is cut off. `request.state.until_sent`
+    ends what a request holds until then.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
-        self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, body_timeout_s: float) -> None:
+        self.app, self.metrics = app, metrics
+        self.max_body_bytes, self.body_timeout_s = max_body_bytes, body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,9 +48,10 @@ class RequestMiddleware:
         given = request.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
         request.state.request_id = request_id
+        request.state.until_sent = until_sent = ExitStack()
         operation = OPERATIONS.get(scope["path"], "other")
         head_only = scope["method"] == "HEAD"
-        started, received, answered, status = time.perf_counter(), 0, 0, 0
+        started, received, answered, status, stalled = time.perf_counter(), 0, 0, 0, False
 
         async def limited_receive() -> Message:
             nonlocal received
@@ -63,8 +71,20 @@ class RequestMiddleware:
                 message["headers"] = headers
             elif head_only:
                 message["body"] = b""
-            answered += len(message.get("body", b""))
-            await send(message)
+            body = message.get("body", b"")
+            for start in range(0, max(1, len(body)), PIECE):
+                piece, rest = body[start : start + PIECE], start + PIECE < len(body)
+                await taken({**message, "body": piece, "more_body": True} if rest else {**message, "body": piece})
+                answered += len(piece)
+
+        async def taken(message: Message) -> None:
+            nonlocal stalled
+            try:
+                async with asyncio.timeout(self.body_timeout_s):
+                    await send(message)
+            except TimeoutError:
+                stalled = True
+                raise
 
         try:
             stated = request.headers.get("content-length", "")
@@ -80,6 +100,10 @@ class RequestMiddleware:
             problem = Problem(DRAINING, "the service stopped before it could answer")
             await problem_response(problem, request)(scope, receive, counted_send)
         except Exception as error:
+            if stalled:  # without the rest of its answer the server closes the connection
+                status = CLIENT_GONE
+                self.metrics.disconnects.labels("answer").inc()
+                return
             problem = problem_of(error)
             if problem.kind is INTERNAL:
                 log.exception("request failed", extra={"fields": {"request_id": request_id}})
@@ -87,6 +111,7 @@ class RequestMiddleware:
                 raise
             await problem_response(problem, request)(scope, receive, counted_send)
         finally:
+            until_sent.close()
             seconds = time.perf_counter() - started
             self.metrics.requests.labels(operation, str(status)).inc()
             if operation != "other":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +27,8 @@ class Settings(BaseSettings):
         max_batch_wait_ms: milliseconds that a batch that is not full waits on purpose for company.
         max_queue_items, max_queue_bytes: most requests that are admitted at a time, and bytes of photos that wait.
         request_timeout_s: seconds from a request's first byte to its answer, after which it gets 504.
-        body_timeout_s: seconds in which a body must have arrived, after which it gets 408.
+        body_timeout_s: seconds in which a body must have arrived, after which it gets 408, and in which a client must
+            take the next part of its answer, after which it is cut off.
         drain_grace_s: seconds that admitted requests have to finish after SIGTERM.
         api_keys: comma-separated; where there are any, a request needs one as `Authorization: Bearer` or `X-API-Key`.
         cors_origins: comma-separated origins whose pages may call the service; none by default.
@@ -64,3 +67,14 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def near_misses(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Variables that look like a setting which is not given, such as `LIMPID_API_KEY`, each with that setting.
+
+    An orchestrator may add others with the prefix, of which nothing is said.
+    """
+    settings = {f"LIMPID_{name}".upper() for name in Settings.model_fields}
+    given = sorted(name for name in environment if name.startswith("LIMPID_") and name not in settings)
+    found = [(name, get_close_matches(name, settings - environment.keys(), 1, 0.9)) for name in given]
+    return [(name, meant[0]) for name, meant in found if meant]

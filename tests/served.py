@@ -13,26 +13,31 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
-def served(at: int | None = None, **settings: object) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def served(
+    at: int | None = None, log: Path | None = None, **settings: object
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Yield base URL (on port `at` or a free one) and process once it is ready; stop it with SIGTERM afterwards.
+
+    What it writes goes to the file `log`.
 
     Raises:
         RuntimeError: it ended or was not ready within two minutes; the message holds its log.
     """
     port = at or free_port()
-    with tempfile.TemporaryFile() as log:
+    with log.open("w+b") if log else tempfile.TemporaryFile() as output:
         command = [sys.executable, "-m", "service", "serve", "--port", str(port)]
         env = {**os.environ, **{f"LIMPID_{name.upper()}": str(value) for name, value in settings.items()}}
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
         try:
             _wait(f"http://127.0.0.1:{port}", process)
             yield f"http://127.0.0.1:{port}", process
         except RuntimeError as error:
-            log.seek(0)
-            raise RuntimeError(f"{error}: {log.read().decode()}") from error
+            output.seek(0)
+            raise RuntimeError(f"{error}: {output.read().decode()}") from error
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)

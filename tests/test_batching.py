@@ -294,6 +294,33 @@ def test_waiting_on_purpose_is_off_by_default_and_bounded_when_on() -> None:
         async with asyncio.timeout(0.15):  # a full one waits for nothing
             await asyncio.gather(*(waits.submit(item, "a") for item in range(3)))
         assert launches.pop() == [0, 1, 2]
+        lonely = asyncio.ensure_future(waits.submit(0, "b"))
+        await settle()
+        async with asyncio.timeout(0.15):  # nor behind one of another key that does
+            await asyncio.gather(*(waits.submit(item, "a") for item in range(3)))
+        assert launches.pop() == [0, 1, 2]
+        await lonely
+        assert launches.pop() == [0]
+
+    asyncio.run(main())
+
+
+def test_work_that_has_begun_is_not_refused_for_lack_of_room() -> None:
+    async def main() -> None:
+        async def run(key: Hashable, items: Sequence[int], _: Callable[[], bool]) -> Sequence[int]:
+            await asyncio.sleep(0.02)
+            return items
+
+        full: Batcher[int, int] = Batcher(run, Limits(queue_items=1, queue_bytes=10, in_flight=1))
+        waiting = []
+        for _ in range(2):  # one runs, one waits
+            waiting.append(asyncio.ensure_future(full.submit(0, "a", bytes=10)))
+            await asyncio.sleep(0.005)
+        with pytest.raises(QueueFull):
+            await full.submit(1, "a", bytes=10)
+        assert (await full.submit(2, "a", bytes=10, begun=True)).result == 2
+        await asyncio.gather(*waiting)
+        assert full.waiting_bytes == 0
 
     asyncio.run(main())
 

@@ -17,7 +17,7 @@ from service.cli import main
 from service.engine import Photo
 from service.imaging import read_photo
 from service.local import GivenUp, Local
-from service.settings import Settings
+from service.settings import Settings, near_misses
 from tests.conftest import DATA, copied_store, image_bytes, noisy, other_store
 from tests.served import served
 
@@ -34,6 +34,9 @@ def test_compress_and_decompress_files(tmp_path: Path, parrots: Photo, capsys: L
     data = (tmp_path / "out.webp").read_bytes()
     assert data[8:12] == b"WEBP"
     assert psnr(read_photo(data, 10**6), parrots) > psnr(degraded, parrots) + 3
+    (tmp_path / "restored.v2").mkdir()
+    assert main(["decompress", str(tmp_path / "in.lmp"), "-o", str(tmp_path / "restored.v2")]) == 0
+    assert (tmp_path / "restored.v2" / "in.png").exists()
 
 
 def test_a_budget_is_kept(tmp_path: Path, bikes: Photo, capsys: Lines) -> None:
@@ -191,6 +194,17 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Lines
     monkeypatch.setenv("LIMPID_MAX_PIXELS", "many")
     assert main(["variants"]) == 1
     assert capsys.readouterr().err.startswith("limpid: LIMPID_MAX_PIXELS: ")
+
+
+def test_a_misspelt_setting_is_not_overlooked(monkeypatch: pytest.MonkeyPatch, capsys: Lines) -> None:
+    monkeypatch.setenv("LIMPID_API_KEY", "secret")  # the client's; the service would be open
+    assert main(["serve"]) == 1
+    said = capsys.readouterr().err
+    assert "LIMPID_API_KEY is no setting" in said
+    assert "LIMPID_API_KEYS" in said
+    assert near_misses({"LIMPID_API_KEY": "a", "LIMPID_API_KEYS": "a,b"}) == []
+    assert near_misses({"LIMPID_PORT_8000_TCP": "tcp://10.0.0.1:8000", "LIMPID_CPUS": "2"}) == []
+    assert near_misses({"LIMPID_MAX_PIXEL": "1"}) == [("LIMPID_MAX_PIXEL", "LIMPID_MAX_PIXELS")]
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:

@@ -61,6 +61,7 @@ async def compress(
     metrics = service.metrics
     metrics.pixels.labels("compress", name).inc(pixels)
     metrics.bitstream_bytes.labels("compress", name).inc(len(body))
+    metrics.image_bytes.labels("compress", name).inc(len(data))
     metrics.bits_per_pixel.labels(name, str(stream.rate)).observe(bpp)
     for label in [found.kind.label for found in stream.degradations] or [UNKNOWN]:
         metrics.degradations.labels(label).inc()
@@ -79,10 +80,10 @@ def degradation_header(stream: Bitstream) -> str:
     return ", ".join(f"{d.kind.label};{d.strength:.2f}" for d in stream.degradations) or UNKNOWN
 
 
-async def _encode(call: Exchange, job: EncodeJob) -> Bitstream:
+async def _encode(call: Exchange, job: EncodeJob, begun: bool = False) -> Bitstream:
     height, width = job.photo.shape[:2]
     key = ("compress", job.model, latent_size(height, width))
-    stream = await call.submit(job, key, pixels=padded_pixels(height, width), bytes=job.photo.nbytes)
+    stream = await call.submit(job, key, pixels=padded_pixels(height, width), bytes=job.photo.nbytes, begun=begun)
     return cast(Bitstream, stream)
 
 
@@ -95,6 +96,6 @@ async def _within(budget: int, call: Exchange, photo: Photo, model: str) -> Bits
     streams: dict[int, Bitstream] = {}
     sizes: dict[int, int] = {}
     while rate := next_rate(sizes, budget):
-        streams[rate] = await _encode(call, EncodeJob(photo, rate, model))
+        streams[rate] = await _encode(call, EncodeJob(photo, rate, model), begun=bool(sizes))
         sizes[rate] = len(streams[rate].to_bytes())
     return streams[best_rate(sizes, budget)]

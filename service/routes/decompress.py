@@ -51,15 +51,19 @@ async def decompress(
     ] = None,
 ) -> Response:
     """Restore the clean photo, at exactly the size it was uploaded with."""
-    wanted = ", ".join(accept or ())  # several lines are one list
-    output = choose_format(wanted)
-    if quality is not None and output.default_quality is None:
-        raise Problem(MALFORMED, f"quality: expected only with a lossy format, got it with {output.media_type}")
+
+    def choose(side: int = 1) -> OutputFormat:
+        output = choose_format(", ".join(accept or ()), side)  # several lines are one list
+        if quality is not None and output.default_quality is None:
+            raise Problem(MALFORMED, f"quality: expected only with a lossy format, got it with {output.media_type}")
+        return output
+
+    choose()  # what is wrong whatever the photo's size
     async with exchange(request, service, "decompress") as call:
         data = await call.body()
         stream = Bitstream.from_bytes(data)
         check_size(stream.height, stream.width, service.settings.max_pixels)
-        output = choose_format(wanted, max(stream.height, stream.width))
+        output = choose(max(stream.height, stream.width))
         name = call.ready.engine.model_of(stream).entry.name
         key = ("decompress", name, latent_size(stream.height, stream.width))
         pixels = padded_pixels(stream.height, stream.width)
@@ -68,6 +72,7 @@ async def decompress(
     metrics = service.metrics
     metrics.pixels.labels("decompress", name).inc(stream.pixels)
     metrics.bitstream_bytes.labels("decompress", name).inc(len(data))
+    metrics.image_bytes.labels("decompress", name).inc(len(body))
     headers = {
         "Limpid-Rate": str(stream.rate),
         "Limpid-Model": name,

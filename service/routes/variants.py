@@ -49,7 +49,7 @@ async def variants(request: Request, service: ServiceDependency) -> Variants:
             name=entry.name,
             id=entry.model_id.hex(),
             size=entry.size,
-            default=model is engine.default,
+            default=entry.name == engine.default.entry.name,
             device=str(engine.device),
             precision=engine.precision,
             resident_bytes=model.resident_bytes,

@@ -351,6 +351,9 @@ def test_a_photo_too_wide_for_a_format_comes_back_in_another_or_is_told(client: 
     assert answer.headers["content-type"] == "image/png"
     detail = problem(client.post("/decompress", content=wide, headers={"Accept": "image/webp"}), 406, "not-acceptable")
     assert "16400" in detail
+    lossy = {"Accept": "image/webp, image/*;q=0.5"}  # of which PNG is left, which has no quality
+    detail = problem(client.post("/decompress?quality=80", content=wide, headers=lossy), 400, "malformed-request")
+    assert "image/png" in detail
 
 
 def test_a_form_of_an_unreadable_charset_is_malformed(client: TestClient) -> None:
@@ -370,5 +373,9 @@ def test_a_budget_needs_the_memory_of_one_photo(parrots: Photo) -> None:
     with TestClient(create_app(settings, load_first=True)) as client:
         answer = client.post("/compress", content=image_bytes(parrots), params={"max_bytes": 20_000})
         assert answer.status_code == 200, answer.text
-        times = timings(answer.headers["server-timing"])
-        assert times["transform"] < 60_000
+        assert {"body", "image_decode", "queue", "transform", "entropy"} == timings(
+            answer.headers["server-timing"]
+        ).keys()
+        text = client.get("/metrics").text
+        for stage in ("transform", "entropy"):  # once, though the budget took several encodings
+            assert f'limpid_stage_duration_seconds_count{{operation="compress",stage="{stage}"}} 1.0' in text
