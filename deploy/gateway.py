@@ -74,7 +74,10 @@ async def camera_frames(url: str, every: float) -> AsyncIterator[bytes]:
                         yield await answer.aread()
                         await asyncio.sleep(every)
             except httpx.HTTPError as error:
-                log.warning("camera: %s: %s", type(error).__name__, error)
+                status = getattr(
+                    getattr(error, "response", None), "status_code", None
+                )  # its text has the URL, keys and all
+                log.warning("camera: %s", f"it answers {status}" if status else f"{type(error).__name__}: {error}")
                 await asyncio.sleep(1)
 
 
@@ -151,12 +154,12 @@ class Gateway:
 
     async def _take_up(self, poll: float) -> None:
         while True:
-            for path in self.waiting():
+            for path, state in self.waiting():
                 await self._room.acquire()
-                self._under_way[path.name] = asyncio.create_task(self._send(path))
+                self._under_way[path.name] = asyncio.create_task(self._send(path, state))
             await asyncio.sleep(poll)
 
-    def waiting(self) -> list[Path]:
+    def waiting(self) -> list[tuple[Path, State]]:
         """Frames to send: complete (as they were `settle` seconds ago and at the last look), and without a result."""
         found = []
         seen: dict[str, tuple[State, float]] = {}
@@ -173,7 +176,7 @@ class Gateway:
             before, since = self._seen.get(path.name, (None, now))
             seen[path.name] = state, since if state == before else now
             if state == before and now - since >= self.settle:
-                found.append(path)
+                found.append((path, state))
         self._seen = seen
         return found
 
@@ -200,26 +203,9 @@ class Gateway:
         """Either lies in OUT once the frame is done: its bitstream, or the frame itself, refused."""
         return self._result(path), self.refused / path.name
 
-    async def _send(self, path: Path) -> None:
+    async def _send(self, path: Path, state: State) -> None:
         try:
-            state = state_of(path)
-            done = await self.limpid.compress(path, **self.goal)
-            if state_of(path) != state:
-                log.warning("%s changed while it was sent, and is sent again", path.name)
-                return
-            await asyncio.to_thread(write_whole, self._result(path), done.bitstream)
-            said = {"frame": path.name, "bytes": len(done.bitstream), "rate": done.rate, "found": done.degradations}
-            log.info(json.dumps(said))
-            if self.delete:
-                path.unlink()
-        except LimpidError as error:
-            if isinstance(error, RequestRefused) and error.kind not in BLAMELESS:
-                if state_of(path) == state:
-                    log.error("%s is refused: %s", path.name, error)
-                    await self._refuse(path, f"{error}\n")
-            else:
-                log.warning("%s waits: %s", path.name, error)
-                await asyncio.sleep(PAUSE)
+            await self._work(path, state)
         except OSError as error:
             log.error("%s: %s", path.name, error)
             await asyncio.sleep(1)
@@ -227,11 +213,39 @@ class Gateway:
             del self._under_way[path.name]
             self._room.release()
 
-    async def _refuse(self, path: Path, reason: str) -> None:
-        await asyncio.to_thread(write_whole, self.refused / f"{path.name}.txt", reason.encode())
-        await asyncio.to_thread(write_whole, self.refused / path.name, path.read_bytes())
-        if self.delete:
-            path.unlink()
+    async def _work(self, path: Path, state: State) -> None:
+        """Send a frame that was in `state` when it was complete; whatever changes meanwhile is sent again."""
+        if state_of(path) != state:
+            return
+        try:
+            done = await self.limpid.compress(path, **self.goal)
+        except LimpidError as error:
+            if isinstance(error, RequestRefused) and error.kind not in BLAMELESS:
+                log.error("%s is refused: %s", path.name, error)
+                frame = await asyncio.to_thread(path.read_bytes)
+                reason = self.refused / f"{path.name}.txt"
+                await self._conclude(path, state, {reason: f"{error}\n".encode(), self.refused / path.name: frame})
+            else:
+                log.warning("%s waits: %s", path.name, error)
+                await asyncio.sleep(PAUSE)
+            return
+        if await self._conclude(path, state, {self._result(path): done.bitstream}):
+            said = {"frame": path.name, "bytes": len(done.bitstream), "rate": done.rate, "found": done.degradations}
+            log.info(json.dumps(said))
+
+    async def _conclude(self, path: Path, state: State, results: dict[Path, bytes]) -> bool:
+        """Write what became of a frame and delete it if told so. False: it is another one by now."""
+        if state_of(path) == state:
+            for result, content in results.items():
+                await asyncio.to_thread(write_whole, result, content)
+            if state_of(path) == state:
+                if self.delete:
+                    path.unlink()
+                return True
+            for result in results:
+                result.unlink()
+        log.warning("%s changed while it was sent, and is sent again", path.name)
+        return False
 
 
 async def _film(url: str, every: float, frames: Path, max_waiting: int) -> None:

@@ -17,14 +17,17 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 Body = bytes | Path | Callable[[], Iterator[bytes]]
 """An upload: bytes, a file that is streamed from disk, or a function that gives chunks anew for each attempt."""
+
+T = TypeVar("T")
 
 CHUNK = 1 << 16
 RETRIED = frozenset({408, 429, 502, 503})
@@ -220,21 +223,34 @@ def _decompress_call(body: Body, media_type: str, quality: int | None, policy: P
     return _Call("POST", "/decompress", policy, body, {} if quality is None else {"quality": str(quality)}, headers)
 
 
+def _of_limpid(read: Callable[[httpx.Response], T]) -> Callable[[httpx.Response], T]:
+    """`read`, which raises ServiceUnavailable for an answer that is another service's, or a proxy's page."""
+
+    @wraps(read)
+    def checked(response: httpx.Response) -> T:
+        try:
+            return read(response)
+        except (ValueError, KeyError, TypeError):
+            raise ServiceUnavailable("unexpected-answer", response.text[:200], response.status_code) from None
+
+    return checked
+
+
+@_of_limpid
 def _compressed(response: httpx.Response) -> Compressed:
     headers = response.headers
     return Compressed(response.content, bpp=float(headers["limpid-bpp"]), **_common(headers))
 
 
+@_of_limpid
 def _restored(response: httpx.Response) -> Restored:
     return Restored(response.content, response.headers["content-type"], **_common(response.headers))
 
 
+@_of_limpid
 def _variants(response: httpx.Response) -> dict[str, Any]:
-    try:
-        answer: dict[str, Any] = response.json()
-        answer["models"]
-    except (ValueError, KeyError, TypeError):  # another service, or a proxy's page
-        raise ServiceUnavailable("unexpected-answer", response.text[:200], response.status_code) from None
+    answer: dict[str, Any] = response.json()
+    answer["models"]
     return answer
 
 

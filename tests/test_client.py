@@ -167,6 +167,10 @@ def test_an_answer_that_is_not_ours_is_said_to_be(tmp_path: Path) -> None:
     for _, error in both(lambda: Script(httpx.Response(400, text="<html>proxy")), "variants"):
         assert error.kind == "unexpected-answer"
         assert "proxy" in error.detail
+    for call in ("compress", "decompress"):  # as a captive portal says it
+        for _, error in both(lambda: Script(httpx.Response(200, text="<html>portal")), call, b"x"):
+            assert (type(error), error.kind, error.status) == (ServiceUnavailable, "unexpected-answer", 200)
+            assert "portal" in error.detail
 
 
 def test_a_photo_goes_there_and_back_on_the_real_server(parrots: Photo, tmp_path: Path) -> None:

@@ -10,17 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
-from deploy.gateway import Gateway, boundary, parts
+from deploy.gateway import Gateway, boundary, camera_frames, parts
 from service.client import AsyncClient
 from service.codec.bitstream import Bitstream
 from service.engine import Engine, Photo
+from service.files import write_whole
 from tests.conftest import image_bytes
 from tests.served import free_port, served
 
@@ -258,6 +259,58 @@ def test_a_frame_whose_writer_pauses_is_not_lost(tmp_path: Path) -> None:
     asyncio.run(work())
     assert sent == [b"part", b"whole frame"]
     assert (out / "refused/a.jpg").read_bytes() == b"whole frame"
+
+
+def test_a_frame_that_is_rewritten_while_its_result_is_written_is_sent_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+    out, path = tmp_path / "out", tmp_path / "snapshot.jpg"
+    headers = {"limpid-rate": "4", "limpid-bpp": "0.5", "limpid-model": "m"}
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(await request.aread())
+        return httpx.Response(200, content=b"of " + sent[-1], headers=headers)
+
+    def slow(result: Path, data: bytes) -> None:
+        write_whole(result, data)
+        if len(sent) == 1:
+            path.write_bytes(b"another")
+
+    async def work() -> None:
+        async with AsyncClient("x", transport=httpx.MockTransport(answer)) as limpid:
+            path.write_bytes(b"one")
+            stop = asyncio.Event()
+            work = asyncio.create_task(Gateway(limpid, tmp_path, out, {}, 1, True).run(stop, 0.02))
+            await asyncio.sleep(1)
+            stop.set()
+            await work
+
+    monkeypatch.setattr("deploy.gateway.write_whole", slow)
+    asyncio.run(work())
+    assert sent == [b"one", b"another"]
+    assert (out / "snapshot.jpg.lmp").read_bytes() == b"of another"
+    assert not path.exists()
+
+
+def test_a_password_of_a_camera_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class Camera(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, *_: object) -> None: ...
+
+    async def first() -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await anext(camera_frames(f"http://admin:hunter2@127.0.0.1:{server.server_port}/", 1))
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Camera) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        asyncio.run(first())
+        server.shutdown()
+    assert "it answers 401" in caplog.text
+    assert "hunter2" not in caplog.text
 
 
 def test_a_part_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
