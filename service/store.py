@@ -8,15 +8,16 @@ Nothing here encodes or decodes.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from service.codec.bitstream import MODEL_ID_BYTES
-from service.codec.config import RATE_POINTS
+from service.codec.config import MODEL_NAME, RATE_POINTS
 from service.codec.known_answer import known_answer
 from service.codec.shipped import ShippedCodec
 from service.files import write_whole
@@ -49,7 +50,7 @@ class ModelEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    name: str = Field(pattern=f"^{MODEL_NAME}$")
     size: str
     file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -153,8 +154,8 @@ class ModelStore:
         if digest != entry.sha256:
             raise StoreError(f"model {entry.name}: expected SHA-256 {entry.sha256}, {path} has {digest}")
         try:
-            with safe_open(path, framework="pt") as opened:
-                description = (opened.metadata() or {}).get("limpid", "")
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            description = header.get("__metadata__", {}).get("limpid", "")
             codec = ShippedCodec.from_tensors(load_tensors(data), description, device, dtype)
         except (SafetensorError, ValueError) as error:
             raise StoreError(f"model {entry.name}: {path}: {error}") from error

@@ -76,9 +76,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
               ((f"sum by (model, rate) ({rate('bits_per_pixel_sum')})"
                 f" / sum by (model, rate) ({rate('bits_per_pixel_count')})", "{{model}} rate {{rate}}"),)),
         Panel("Bytes saved", "Uploads minus the bitstreams that they became.", "Bps",
-              ((f"""sum({rate('request_body_bytes_sum', 'operation="compress"')})"""
+              ((f"""sum({rate('image_bytes_total', 'operation="compress"')})"""
                 f""" - sum({rate('bitstream_bytes_total', 'operation="compress"')})""", "saved"),
-               (f"""sum({rate('request_body_bytes_sum', 'operation="compress"')})""", "uploads"),
+               (f"""sum({rate('image_bytes_total', 'operation="compress"')})""", "uploads"),
                (f"""sum({rate('bitstream_bytes_total', 'operation="compress"')})""", "bitstreams"))),
         Panel("Degradations", "What the encoder found wrong with the photos; a camera that fogs up shows.", "reqps",
               ((f"sum by (kind) ({rate('degradations_total')})", "{{kind}}"),), True),

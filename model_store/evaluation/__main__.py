@@ -142,6 +142,7 @@ def _features(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     index = read_index(args.store)
     name = args.name or index["default"]
+    (entry,) = [entry for entry in index["models"] if entry["name"] == name]
     paths = [args.results / f"{kind}-{photos}.json" for photos in MEASURED for kind in ("peers", "cascade", name)]
     records = read_records(path for path in paths if path.exists())
     text = table(records) + "\n\n" + published_table(records)
@@ -149,7 +150,6 @@ def _report(args: argparse.Namespace) -> None:
     (args.results / f"{name}.md").write_text(text + "\n")
     for drawn in plot(records, args.results):
         print(drawn.name)
-    (entry,) = [entry for entry in index["models"] if entry["name"] == name]
     entry["measured"] = [
         {"rate": rate, "degradation": condition, "photos": photos, "bpp": round(bpp, 4), "psnr": round(value, 3)}
         for (photos, condition, codec), curve in curves(records).items()

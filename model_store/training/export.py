@@ -11,6 +11,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from model_store.index import INDEX, read_index, replace_file, write_index
 from model_store.training.frequencies import COUNTED_BATCHES, with_counted_tables
 from model_store.training.report import REPORT_FILE, read_report
 from model_store.training.weights import config_of, keep_weights
+from service.codec.config import MODEL_NAME
 from service.codec.known_answer import known_answer
 from service.codec.model import TrainableCodec, ship
 from service.codec.shipped import ShippedCodec
@@ -61,8 +63,10 @@ def export(
 
 def refuse_known(store: Path, name: str) -> None:
     """Raises:
-    ValueError: the store already has a model of that name.
+    ValueError: the store already has a model of that name, or the service would take no store with one.
     """
+    if not re.fullmatch(MODEL_NAME, name):
+        raise ValueError(f"expected a name of lower-case letters, digits, dots and dashes, got {name!r}")
     if any(known["name"] == name for known in read_index(store)["models"]):
         raise ValueError(f"expected a name that {store / INDEX} does not have yet, got {name}")
 

@@ -75,6 +75,7 @@ def test_a_manifest_with_a_typo_does_not_pass(manifests: list[Manifest]) -> None
 
 def test_the_pod_meets_the_restricted_standard(manifests: list[Manifest]) -> None:
     pod = of_kind(manifests, "Deployment")["spec"]["template"]["spec"]
+    assert pod["enableServiceLinks"] is False  # else LIMPID_PORT is the Service's, an address
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     (container,) = pod["containers"]

@@ -45,6 +45,8 @@ def test_an_exported_run_is_a_model_that_the_service_loads(
     assert back.shape == bikes.shape
     with pytest.raises(ValueError, match="does not have yet"):
         export(checkpoint, "tiny-1", store)
+    with pytest.raises(ValueError, match="lower-case"):  # the service would refuse the whole store
+        export(checkpoint, "tiny_2", store)
 
 
 def test_counted_frequencies_save_bytes_and_decode(
