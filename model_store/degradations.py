@@ -38,7 +38,7 @@ class Ranges:
     noise: sigma in [0, 1]. read, shot: sensor noise in linear light, log: deviation and variance per unit of light.
     rain_density: drops per pixel of streaks 14 pixels long; longer ones are rarer.
     mosaic: share of the photos whose sensor noise went through demosaicing.
-    curtain: share of the rainy photos whose rain is a curtain of long soft streaks.
+    sheet, strokes: shares of the rainy photos whose rain is a lit sheet, or sparse strokes.
     """
 
     noise: Range = (2 / 255, 58 / 255)
@@ -59,16 +59,19 @@ class Ranges:
     blur_radius: Range = (0.6, 2.6)
     jpeg_quality: Range = (10, 92)
     mosaic: float = 0.5
-    curtain: float = 0.0
+    sheet: float = 0.0
+    strokes: float = 0.0
 
 
 TRAINING = Ranges(
     rain_density=(0.001, 0.028),
     rain_length=(7, 52),
+    rain_width=(0.5, 2.0),
     rain_angle=(-1.0, 1.0),
     haze_thickness=(0.3, 2.8),
     light=(0.05, 0.5),
-    curtain=0.6,
+    sheet=0.6,
+    strokes=0.15,
 )
 EVALUATION = Ranges(
     rain_density=(0.002, 0.024),
@@ -134,10 +137,24 @@ def line_kernels(length: Tensor, width: Tensor, angle: Tensor) -> Tensor:
     """Soft line segments, (B, k, k), peak 1: the mark of a streak or of a moving camera; angles from the vertical."""
     reach = int(length.max().item() / 2 + 2 * width.max().item()) + 1
     i, j = _grid(reach, length.device)
-    length, width, angle = (p.reshape(-1, 1, 1) for p in (length, width, angle))
+    return _line(i, j, *(p.reshape(-1, 1, 1) for p in (length, width, angle)))
+
+
+def _line(i: Tensor, j: Tensor, length: Tensor, width: Tensor, angle: Tensor) -> Tensor:
     along = i * angle.cos() + j * angle.sin()
     across = j * angle.cos() - i * angle.sin()
     return torch.exp(-((across / width) ** 2) / 2) * torch.sigmoid((length / 2 - along.abs()) * 2)
+
+
+def lines(drops: Tensor, length: Tensor, width: Tensor, angle: Tensor) -> Tensor:
+    """A soft line, as in `line_kernels`, for every drop of a random field (B, 1, H, W), going on at the opposite edge.
+
+    By Fourier transform: lines of a hundred pixels would otherwise cost as much as the encoder.
+    """
+    h, w = drops.shape[2:]
+    i, j = (torch.fft.fftfreq(size, 1 / size, device=drops.device) for size in (h, w))
+    mark = _line(i[:, None], j, length, width, angle)
+    return torch.fft.irfft2(torch.fft.rfft2(drops) * torch.fft.rfft2(mark), s=(h, w))
 
 
 def disc_kernels(radius: Tensor) -> Tensor:
@@ -198,24 +215,47 @@ def rain(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
         drops = (draw.field(1, *x.shape[2:]) < density) * draw.field(1, *x.shape[2:])
         cover = cover + share * filter_each(drops, kernels)
     drawn = veiled + (0.95 - veiled) * (cover * draw.uniform(ranges.rain_strength)).clamp(0, 0.9)
-    if not ranges.curtain:
+    if not ranges.sheet + ranges.strokes:
         return drawn
-    return torch.where(draw.uniform((0, 1)) < ranges.curtain, curtain(x, draw), drawn)
+    choice = draw.uniform((0, 1))
+    lit = torch.where(choice < ranges.sheet, sheet(x, draw), drawn)
+    return torch.where(choice > 1 - ranges.strokes, strokes(x, draw), lit)
 
 
-def curtain(x: Tensor, draw: Draw) -> Tensor:
-    """Rain as a lit curtain, added as light: long soft streaks in broad columns, here thick, there thin."""
-    kernels = line_kernels(draw.uniform((15, 75)), draw.uniform((0.4, 2.5), log=True), 0.25 * draw.normal(1, 1, 1))
-    drops = F.relu(draw.normal(1, *x.shape[2:]) - draw.uniform((0, 3)))
-    streaks = filter_each(drops, kernels)
-    streaks = streaks / (streaks.mean((2, 3), keepdim=True) + 3 * streaks.std((2, 3), keepdim=True)).clamp_min(1e-3)
-    columns, thick = (
-        F.interpolate(draw.field(1, *size), x.shape[2:], mode="bicubic", align_corners=False).clamp(0, 1)
-        for size in ((2, max(2, x.shape[3] // 10)), (3, 3))
-    )
-    thick = thick * (1 - draw.uniform((0, 1)) * columns)
-    light = draw.uniform((0, 0.3)) + draw.uniform((0.1, 0.8)) * streaks
-    return x + draw.uniform((0.3, 1)) * (thick + draw.uniform((0, 0.5))) * light
+def _standard(field: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 in every photo."""
+    return (field - field.mean((2, 3), keepdim=True)) / field.std((2, 3), keepdim=True).clamp_min(1e-3)
+
+
+def sheet(x: Tensor, draw: Draw) -> Tensor:
+    """Rain as light added to the photo: a veil with streaks of two widths, bright at one side, faint at the other."""
+    h, w = x.shape[2:]
+    turn = draw.uniform((-math.pi, math.pi))
+    row, column = (torch.linspace(-0.5, 0.5, size, device=x.device) for size in (h, w))
+    slope = column * turn.cos() + 0.5 * h / w * row[:, None] * turn.sin()
+    uneven = F.interpolate(draw.field(1, 3, 3), (h, w), mode="bicubic", align_corners=False) - 0.5
+    lit = draw.uniform((0.3, 0.9)) + draw.uniform((0, 1.3)) * slope + draw.uniform((0, 0.4)) * uneven
+    length, width = draw.uniform((6, 100), log=True), draw.uniform((0.6, 1.8), log=True)
+    angle, least = 0.2 * draw.normal(1, 1, 1), draw.uniform((0, 2.5))
+    streaks = torch.zeros_like(lit)
+    for scale, share in ((1, 1.0), (3, draw.uniform((0, 1)))):
+        drops = F.relu(draw.normal(1, h, w) - least)
+        streaks = streaks + share * _standard(lines(drops, length, width * scale, angle + 0.03 * draw.normal(1, 1, 1)))
+    veil, strength = draw.uniform((0.03, 0.6), log=True), draw.uniform((0.015, 0.12), log=True)
+    return x + lit.clamp(0, 1) * F.relu(veil + strength * _standard(streaks))
+
+
+def strokes(x: Tensor, draw: Draw) -> Tensor:
+    """Rain as sparse strokes of light, all nearly of one length and direction, thin to broad, mostly without a veil."""
+    length, angle = draw.uniform((12, 60)), draw.uniform((-0.8, 0.8))
+    density = draw.uniform((0.0006, 0.006), log=True) * 30 / length
+    cover = torch.zeros_like(x[:, :1])
+    for width, share in (((0.5, 0.8), 0.4), ((0.9, 1.4), 0.3), ((1.5, 2.5), 0.2), ((2.5, 4), 0.1)):
+        drops = (draw.field(1, *x.shape[2:]) < share * density) * (0.3 + 0.7 * draw.field(1, *x.shape[2:]))
+        turned = angle + 0.03 * draw.normal(1, 1, 1)
+        cover = cover + lines(drops, length * draw.uniform((0.9, 1.1)), draw.uniform(width), turned)
+    veil = draw.uniform((0, 0.06)) * (draw.uniform((0, 1)) < 0.3)
+    return x + draw.uniform((0.1, 0.45), log=True) * cover.clamp_max(1.6) + veil
 
 
 def snow(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:

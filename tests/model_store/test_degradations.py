@@ -13,6 +13,9 @@ from model_store.degradations import (
     Kind,
     Ranges,
     degrade,
+    filter_each,
+    line_kernels,
+    lines,
     to_linear,
     to_srgb,
 )
@@ -67,6 +70,25 @@ def test_noise_has_the_deviation_it_says() -> None:
     sigma = 25 / 255
     out = degrade(x, [(Kind.NOISE,)], torch.Generator().manual_seed(5), Ranges(noise=(sigma, sigma)))
     assert float(out.std()) == pytest.approx(sigma, rel=0.03)
+
+
+def test_lines_by_fourier_transform_are_those_of_the_kernels() -> None:
+    drops = torch.zeros(2, 1, 64, 80)
+    drops[0, 0, 30, 40], drops[1, 0, 20:23, 50] = 1.0, 0.5
+    length, width, angle = (torch.tensor(of).reshape(2, 1, 1, 1) for of in ((9.0, 14.0), (0.7, 1.5), (0.3, -1.2)))
+    direct = filter_each(drops, line_kernels(length, width, angle))
+    assert torch.allclose(lines(drops, length, width, angle), direct, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", ["sheet", "strokes"])
+def test_rain_that_is_light_darkens_nothing(parrots: Photo, share: str) -> None:
+    x = clean(parrots, 12)
+    ranges = Ranges(**{share: 1.0})  # type: ignore[arg-type]
+    out = degrade(x, [(Kind.RAIN,)] * 12, torch.Generator().manual_seed(8), ranges)
+    added = out - x
+    assert float(added.min()) > -1 / 255
+    free = (out < 1).all(1, keepdim=True)  # where it does not clip it is grey
+    assert float(((added - added.mean(1, keepdim=True)).abs() * free).max()) < 1.5 / 255
 
 
 def test_jpeg_loses_what_libjpeg_loses(parrots: Photo) -> None:
