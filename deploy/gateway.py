@@ -73,11 +73,11 @@ async def camera_frames(url: str, every: float) -> AsyncIterator[bytes]:
                     else:
                         yield await answer.aread()
                         await asyncio.sleep(every)
+            except httpx.HTTPStatusError as error:  # whose text has the URL, keys and all
+                log.warning("camera: it answers %d", error.response.status_code)
+                await asyncio.sleep(1)
             except httpx.HTTPError as error:
-                status = getattr(
-                    getattr(error, "response", None), "status_code", None
-                )  # its text has the URL, keys and all
-                log.warning("camera: %s", f"it answers {status}" if status else f"{type(error).__name__}: {error}")
+                log.warning("camera: %s: %s", type(error).__name__, error)
                 await asyncio.sleep(1)
 
 
@@ -221,23 +221,27 @@ class Gateway:
             done = await self.limpid.compress(path, **self.goal)
         except LimpidError as error:
             if isinstance(error, RequestRefused) and error.kind not in BLAMELESS:
-                log.error("%s is refused: %s", path.name, error)
                 frame = await asyncio.to_thread(path.read_bytes)
                 reason = self.refused / f"{path.name}.txt"
-                await self._conclude(path, state, {reason: f"{error}\n".encode(), self.refused / path.name: frame})
+                results = {reason: f"{error}\n".encode(), self.refused / path.name: frame}
+                if await asyncio.to_thread(self._conclude, path, state, results):
+                    log.error("%s is refused: %s", path.name, error)
             else:
                 log.warning("%s waits: %s", path.name, error)
                 await asyncio.sleep(PAUSE)
             return
-        if await self._conclude(path, state, {self._result(path): done.bitstream}):
+        if await asyncio.to_thread(self._conclude, path, state, {self._result(path): done.bitstream}):
             said = {"frame": path.name, "bytes": len(done.bitstream), "rate": done.rate, "found": done.degradations}
             log.info(json.dumps(said))
 
-    async def _conclude(self, path: Path, state: State, results: dict[Path, bytes]) -> bool:
-        """Write what became of a frame and delete it if told so. False: it is another one by now."""
+    def _conclude(self, path: Path, state: State, results: dict[Path, bytes]) -> bool:
+        """Write what became of a frame and delete it if told so. False: it is another one by now.
+
+        In one go, which a stop does not interrupt.
+        """
         if state_of(path) == state:
             for result, content in results.items():
-                await asyncio.to_thread(write_whole, result, content)
+                write_whole(result, content)
             if state_of(path) == state:
                 if self.delete:
                     path.unlink()

@@ -20,7 +20,7 @@ from service.budget import MOST_BPP
 from service.client import Client, LimpidError
 from service.files import PHOTO_ENDINGS, Pair, overlooked, pair_up, sources, write_whole
 from service.imaging import OutputFormat
-from service.settings import Settings, near_misses
+from service.settings import Settings, service_settings
 
 if TYPE_CHECKING:
     from service.local import Local
@@ -37,11 +37,7 @@ def _serve(args: argparse.Namespace, _: Settings) -> int:
     from service.server import serve
 
     chosen = {name: value for name in ("host", "port") if (value := getattr(args, name)) is not None}
-    if misspelt := near_misses(os.environ):
-        raise ValueError(
-            "; ".join(f"{given} is no setting of the service; is {meant} meant?" for given, meant in misspelt)
-        )
-    serve(Settings(**chosen))
+    serve(service_settings(**chosen))
     return 0
 
 

@@ -15,6 +15,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import wraps
@@ -266,8 +267,13 @@ def _common(headers: httpx.Headers) -> dict[str, Any]:
 
 def _weighted(header: str, prefix: str) -> dict[str, float]:
     """`noise;0.82, haze;0.31` or `queue;dur=1.5` as a dictionary; words without a number are left out."""
-    pairs = (part.strip().partition(";") for part in header.split(",") if ";" in part)
-    return {name: float(value.strip().removeprefix(prefix)) for name, _, value in pairs}
+    found: dict[str, float] = {}
+    for part in header.split(","):
+        name, *parameters = (piece.strip() for piece in part.split(";"))
+        for parameter in parameters:
+            with suppress(ValueError):  # such as a description that a proxy added
+                found[name] = float(parameter.removeprefix(prefix))
+    return found
 
 
 def _with_scheme(url: str) -> str:

@@ -37,7 +37,7 @@ BINARY = {"type": "string", "format": "binary"}
 
 
 PHASES = ("body", "image_decode", "queue", "image_encode", "answer")
-"""What a request may be waiting for when its client hangs up; the last: that the client takes its answer."""
+"""What a request may be waiting for when its client hangs up; the last: for it to take its answer."""
 
 
 class ClientGone(Exception):
@@ -110,6 +110,14 @@ class Exchange:
             raise self.refusal(f"bodies of {service.body_bytes} bytes are in progress")
         service.body_bytes += more
         self.expected += more
+
+    def hold(self, answer: bytes) -> None:
+        """Count the answer among the bytes in progress until its client has taken it."""
+        self.service.body_bytes += len(answer)
+        self.request.state.until_sent.callback(self._let_go, len(answer))
+
+    def _let_go(self, sent: int) -> None:
+        self.service.body_bytes -= sent
 
     def refusal(self, full: str) -> Problem:
         """The 429 that says what there is enough of."""
@@ -215,7 +223,7 @@ def check_query(request: Request) -> None:
 
 @asynccontextmanager
 async def exchange(request: Request, service: Service, operation: str) -> AsyncIterator[Exchange]:
-    """Admit a request, before any of its body is read, and see it to its end; it counts until its answer is sent.
+    """Admit a request, before any of its body is read, and see it to its answer.
 
     Raises:
         Problem: 400, 401, 429, 503 at once; 504 when the deadline passes.
@@ -233,13 +241,6 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
     in_progress = service.metrics.in_progress.labels(operation)
     service.admitted += 1
     in_progress.inc()
-
-    def release() -> None:
-        service.admitted -= 1
-        service.body_bytes -= call.expected
-        in_progress.dec()
-
-    request.state.until_sent.callback(release)
     try:
         async with asyncio.timeout(timeout):
             yield call
@@ -255,6 +256,9 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
         service.metrics.disconnects.labels(call.phase).inc()
         raise ClientGone(call.phase) from None
     finally:
+        service.admitted -= 1
+        service.body_bytes -= call.expected
+        in_progress.dec()
         call.observe_stages()
         if call.watcher:
             call.watcher.cancel()

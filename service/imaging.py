@@ -25,8 +25,10 @@ Image.MAX_IMAGE_PIXELS = None  # `read_photo` has its own limit and applies it b
 _MOST_SCANS = 100
 """Of a progressive JPEG; photos have some ten. Each costs as much time as the photo is large and as few as 33 bytes."""
 
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
-"""All but those that stand alone, among the entropy-coded data too (ITU-T T.81, table B.1)."""
+_MOST_MARKERS = 10_000
+
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+"""The markers that have parameters, and begin and end (ITU-T T.81, table B.1); the others libjpeg passes over."""
 
 _SRGB = ImageCms.createProfile("sRGB")
 
@@ -107,8 +109,8 @@ def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
     if isinstance(image, TiffImagePlugin.TiffImageFile):  # whole tiles are allocated, be they larger than the photo
         tags, tag = image.tag_v2, ExifTags.Base
         check_size(int(tags.get(tag.TileLength, 1)), int(tags.get(tag.TileWidth, 1)), max_pixels)
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and _scans(data) > _MOST_SCANS:
-        raise CorruptImage(f"expected a JPEG of at most {_MOST_SCANS} scans")
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and _has_too_many_scans(data):
+        raise CorruptImage(f"expected a JPEG of at most {_MOST_SCANS} scans and {_MOST_MARKERS} markers")
 
 
 def _begins_like(data: bytes) -> str | None:
@@ -117,13 +119,18 @@ def _begins_like(data: bytes) -> str | None:
     return next((name for name, accept in accepts.items() if accept and accept(data[:16]) is True), None)
 
 
-def _scans(jpeg: bytes) -> int:
-    """How often the first image of the file begins a scan; what follows it, such as a phone's video, does not count."""
-    count, at = 0, 2
-    while (found := _JPEG_MARKER.search(jpeg, at)) and found[0] != b"\xff\xd9":
-        count += found[0] == b"\xff\xda"
+def _has_too_many_scans(jpeg: bytes) -> bool:
+    """Of the first image in the file; what follows it, such as a phone's video, does not count."""
+    scans, at = 0, 2
+    for _ in range(_MOST_MARKERS):
+        found = _JPEG_MARKER.search(jpeg, at)
+        if not found or found[0] == b"\xff\xd9":
+            return False
+        scans += found[0] == b"\xff\xda"
+        if scans > _MOST_SCANS:
+            return True
         at = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])  # past the marker's parameters
-    return count
+    return True
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -165,12 +172,14 @@ def _to_srgb(image: Image.Image) -> Photo:
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits, rounded; float grey is taken as [0, 1]. A row at a time, for memory's sake."""
+    """16-bit grey to 8 bits, rounded; float grey is taken as [0, 1]. Some rows at a time, for memory's sake."""
     scale = 255 if image.mode == "F" else 255 / 65535
     values = np.asarray(image)
     grey = np.empty(values.shape, np.uint8)
-    for row, of in zip(grey, values):
-        row[:] = np.clip(np.rint(np.nan_to_num(of.astype(np.float64)) * scale), 0, 255)
+    rows = max(1, 2**18 // values.shape[1])
+    for start in range(0, len(values), rows):
+        some = np.nan_to_num(values[start : start + rows].astype(np.float64)) * scale
+        grey[start : start + rows] = np.clip(np.rint(some), 0, 255)
     return Image.fromarray(grey)
 
 

@@ -24,6 +24,9 @@ _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 PIECE = 2**16
 """Bytes of an answer that are handed to the server at a time: beyond so many it waits for the client."""
 
+SLOWEST = 2**15
+"""Bytes per second at which a client has to take its answer, `body_timeout_s` besides."""
+
 OPERATIONS = {"/compress": "compress", "/decompress": "decompress"}
 
 
@@ -32,8 +35,8 @@ class RequestMiddleware:
 
     The id is the client's `X-Request-ID` where that is at most 64 letters, digits, dots, dashes and underscores. HEAD
     is answered as GET without the body (RFC 9110, section 9.3.2). An answer goes out as fast as its client takes it,
-    in pieces of `PIECE` bytes; a client that takes none for `body_timeout_s` is cut off. `request.state.until_sent`
-    ends what a request holds until then.
+    in pieces of `PIECE` bytes; a client that takes longer than `body_timeout_s` and `SLOWEST` allow is cut off.
+    `request.state.until_sent` ends what a request holds until then.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, body_timeout_s: float) -> None:
@@ -51,7 +54,8 @@ class RequestMiddleware:
         request.state.until_sent = until_sent = ExitStack()
         operation = OPERATIONS.get(scope["path"], "other")
         head_only = scope["method"] == "HEAD"
-        started, received, answered, status, stalled = time.perf_counter(), 0, 0, 0, False
+        started = begun = time.perf_counter()
+        received, answered, status, stalled = 0, 0, 0, False
 
         async def limited_receive() -> Message:
             nonlocal received
@@ -62,14 +66,16 @@ class RequestMiddleware:
             return message
 
         async def counted_send(message: Message) -> None:
-            nonlocal answered, status
+            nonlocal answered, begun, status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], time.perf_counter()
                 headers = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
                 if not {name for name, _ in headers} & {b"cache-control", b"etag"}:  # the latter: files of the page
                     headers.append((b"cache-control", b"no-store"))
                 message["headers"] = headers
-            elif head_only:
+                await taken(message)
+                return
+            if head_only:
                 message["body"] = b""
             body = message.get("body", b"")
             for start in range(0, max(1, len(body)), PIECE):
@@ -78,12 +84,14 @@ class RequestMiddleware:
                 answered += len(piece)
 
         async def taken(message: Message) -> None:
-            nonlocal stalled
+            nonlocal stalled, status
+            patience = self.body_timeout_s + answered / SLOWEST
             try:
-                async with asyncio.timeout(self.body_timeout_s):
+                async with asyncio.timeout(begun + patience - time.perf_counter()):
                     await send(message)
             except TimeoutError:
-                stalled = True
+                stalled, status = True, CLIENT_GONE
+                self.metrics.disconnects.labels("answer").inc()
                 raise
 
         try:
@@ -101,8 +109,6 @@ class RequestMiddleware:
             await problem_response(problem, request)(scope, receive, counted_send)
         except Exception as error:
             if stalled:  # without the rest of its answer the server closes the connection
-                status = CLIENT_GONE
-                self.metrics.disconnects.labels("answer").inc()
                 return
             problem = problem_of(error)
             if problem.kind is INTERNAL:
@@ -115,7 +121,7 @@ class RequestMiddleware:
             seconds = time.perf_counter() - started
             self.metrics.requests.labels(operation, str(status)).inc()
             if operation != "other":
-                self.metrics.request_seconds.labels(operation).observe(seconds)
+                self.metrics.request_seconds.labels(operation).observe(begun - started if status else seconds)
                 self.metrics.request_bytes.labels(operation).observe(received)
                 self.metrics.response_bytes.labels(operation).observe(answered)
                 if refused := getattr(request.state, "problem", None):

@@ -40,6 +40,13 @@ class DrainingServer(uvicorn.Server):
         """Called once the event loop runs."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
         await super().startup(sockets)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # else a client that reads nothing keeps its connection, though cut off
+            milliseconds = math.ceil(1000 * self._service.settings.body_timeout_s)
+            for listening in (one for server in self.servers for one in server.sockets):
+                with socket.fromfd(
+                    listening.fileno(), listening.family, listening.type
+                ) as own:  # what it accepts inherits it
+                    own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def _reload(self) -> None:
         task = asyncio.get_running_loop().create_task(reload_store(self._service))

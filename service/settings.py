@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,8 +28,8 @@ class Settings(BaseSettings):
         max_batch_wait_ms: milliseconds that a batch that is not full waits on purpose for company.
         max_queue_items, max_queue_bytes: most requests that are admitted at a time, and bytes of photos that wait.
         request_timeout_s: seconds from a request's first byte to its answer, after which it gets 504.
-        body_timeout_s: seconds in which a body must have arrived, after which it gets 408, and in which a client must
-            take the next part of its answer, after which it is cut off.
+        body_timeout_s: seconds in which a body must have arrived, after which it gets 408, and which a client may take
+            for its answer, besides a second for every 32 kB, before it is cut off.
         drain_grace_s: seconds that admitted requests have to finish after SIGTERM.
         api_keys: comma-separated; where there are any, a request needs one as `Authorization: Bearer` or `X-API-Key`.
         cors_origins: comma-separated origins whose pages may call the service; none by default.
@@ -69,6 +70,18 @@ class Settings(BaseSettings):
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def service_settings(**chosen: object) -> Settings:
+    """Of a service that starts: `Settings`, with a look at names that are nearly one of its variables.
+
+    Raises:
+        ValueError: a variable looks like a setting that is not given, such as the client's `LIMPID_API_KEY`.
+    """
+    if missed := near_misses(os.environ):
+        said = (f"{given} is no setting of the service; is {meant} meant?" for given, meant in missed)
+        raise ValueError("; ".join(said))
+    return Settings(**chosen)  # type: ignore[arg-type]
+
+
 def near_misses(environment: Mapping[str, str]) -> list[tuple[str, str]]:
     """Variables that look like a setting which is not given, such as `LIMPID_API_KEY`, each with that setting.
 
@@ -76,5 +89,6 @@ def near_misses(environment: Mapping[str, str]) -> list[tuple[str, str]]:
     """
     settings = {f"LIMPID_{name}".upper() for name in Settings.model_fields}
     given = sorted(name for name in environment if name.startswith("LIMPID_") and name not in settings)
-    found = [(name, get_close_matches(name, settings - environment.keys(), 1, 0.9)) for name in given]
+    unset = [name for name in settings if not environment.get(name)]
+    found = [(name, get_close_matches(name, unset, 1, 0.9)) for name in given]
     return [(name, meant[0]) for name, meant in found if meant]

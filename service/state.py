@@ -37,7 +37,8 @@ class Service:
         stage_span: records the stages of a request in its trace.
         ready: None while the models load, or for good with a `failure` that says why.
         admitted: requests between their admission and their answer.
-        body_bytes: of their bodies, as announced, or as they have come where nothing was.
+        body_bytes: of their bodies, as announced, or as they have come where nothing was, and of the answers that
+            clients have yet to take.
         draining: set by SIGTERM; nothing more is admitted.
     """
 

@@ -203,6 +203,7 @@ def test_a_misspelt_setting_is_not_overlooked(monkeypatch: pytest.MonkeyPatch, c
     assert "LIMPID_API_KEY is no setting" in said
     assert "LIMPID_API_KEYS" in said
     assert near_misses({"LIMPID_API_KEY": "a", "LIMPID_API_KEYS": "a,b"}) == []
+    assert near_misses({"LIMPID_API_KEY": "a", "LIMPID_API_KEYS": ""})  # as Compose passes one that is not set
     assert near_misses({"LIMPID_PORT_8000_TCP": "tcp://10.0.0.1:8000", "LIMPID_CPUS": "2"}) == []
     assert near_misses({"LIMPID_MAX_PIXEL": "1"}) == [("LIMPID_MAX_PIXEL", "LIMPID_MAX_PIXELS")]
 

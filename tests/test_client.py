@@ -37,7 +37,7 @@ GOOD_HEADERS = {
     "limpid-bpp": "0.5",
     "limpid-model": "edge-1",
     "limpid-degradation": "noise;0.82, haze;0.31",
-    "server-timing": "queue;dur=1.5, transform;dur=80",
+    "server-timing": 'queue;dur=1.5, transform;dur=80, cdn-cache; desc=HIT, edge;desc="x"',
     "x-request-id": "abc",
 }
 

@@ -167,9 +167,15 @@ def test_a_jpeg_of_ever_more_scans_is_refused_unread(parrots: Photo) -> None:
     video = b"\xff\xda" * 1000  # as phones append it
     assert np.array_equal(read_photo(progressive + video, LIMIT), read_photo(progressive, LIMIT))
     assert read_photo(scans_added(progressive, 50), LIMIT).shape == parrots.shape
-    for comment in (b"", b"\xff\xfe\x00\x04\xff\xd9"):  # an end that is none
+    many = scans_added(progressive, 100)
+    last = progressive.rindex(b"\xff\xda")
+    no_end = b"\xff\xfe\x00\x04\xff\xd9"  # within a comment
+    no_length = b"\xff\xdd\x00\x04\x00\x01", b"\xff\x02\xff\xff"  # of a marker that libjpeg passes over
+    for bomb in (many, many[:2] + no_end + many[2:], many[:last] + b"".join(no_length) + many[last:]):
         with pytest.raises(CorruptImage, match="at most 100 scans"):
-            read_photo(progressive[:2] + comment + scans_added(progressive, 100)[2:], LIMIT)
+            read_photo(bomb, LIMIT)
+    with pytest.raises(CorruptImage, match="10000 markers"):
+        read_photo(progressive[:2] + b"\xff\xfe\x00\x02" * 10_000 + progressive[2:], LIMIT)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

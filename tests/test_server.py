@@ -19,7 +19,8 @@ import httpx2
 import numpy as np
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
+from prometheus_client import generate_latest
 from starlette.types import Message, Receive, Scope, Send
 
 from service.codec.bitstream import MEDIA_TYPE
@@ -27,7 +28,7 @@ from service.engine import Photo
 from service.exchange import timeout_of
 from service.logs import TextFormatter
 from service.metrics import Metrics
-from service.middleware import RequestMiddleware
+from service.middleware import PIECE, RequestMiddleware
 from service.server import DrainingServer
 from service.settings import Settings
 from service.state import Service
@@ -178,21 +179,52 @@ def test_a_burst_gets_429_at_once_or_a_right_answer(server: str, parrots: Photo)
     assert metric(server, "limpid_batch_size_count") < metric(server, "limpid_batch_size_sum")  # it did batch
 
 
-def test_an_answer_that_its_client_does_not_take_keeps_its_place_and_is_cut(parrots: Photo) -> None:
+def test_an_answer_that_its_client_does_not_take_counts_and_ends(parrots: Photo) -> None:
     upload = image_bytes(np.tile(parrots, (9, 9, 1)))
-    with served(body_timeout_s=1) as (base, _):  # its answer is larger than what the two sockets hold
+    with served(body_timeout_s=3, max_queue_bytes=2**20) as (base, _):  # its answer is larger than both sockets hold
         stream = httpx2.post(f"{base}/compress?rate=8", content=upload, timeout=60).content
         with connect(base, receives=4096) as client:
             head = f"POST /decompress HTTP/1.1\r\nHost: x\r\nContent-Length: {len(stream)}\r\n\r\n".encode()
             client.sendall(head + stream)
-            deadline, held = time.monotonic() + 40, 0.0
-            while metric(base, 'limpid_client_disconnects_total{phase="answer"}') < 1:
+            deadline = time.monotonic() + 60
+            done = 'limpid_stage_duration_seconds_count{operation="decompress",stage="image_encode"}'
+            while not metric(base, done):
                 assert time.monotonic() < deadline
-                held = metric(base, 'limpid_requests_in_progress{operation="decompress"}')
-                time.sleep(0.05)
-            assert held == 1
-            assert metric(base, 'limpid_requests_in_progress{operation="decompress"}') == 0
-            assert metric(base, 'limpid_http_requests_total{operation="decompress",status="499"}') == 1
+            statuses = [429]
+            while statuses[-1] == 429:
+                assert time.monotonic() < deadline
+                statuses.append(httpx2.post(f"{base}/compress", content=image_bytes(parrots)).status_code)
+            assert len(statuses) > 2  # refused while the answer was held
+            assert statuses[-1] == 200  # its connection has ended, though nothing was read
+
+
+def test_an_answer_that_its_client_takes_too_slowly_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Message] = []
+    metrics, answer = Metrics(), bytes(10 * PIECE)
+    until_sent: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["until_sent"].callback(until_sent.append, 1)
+        await Response(answer)(scope, receive, send)
+
+    async def send(message: Message) -> None:
+        await asyncio.sleep(0.03 if slow else 0)
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    monkeypatch.setattr("service.middleware.SLOWEST", 2**30)
+    for slow in (False, True):
+        sent.clear()
+        scope = {"type": "http", "method": "GET", "path": "/compress", "headers": [], "query_string": b""}
+        asyncio.run(RequestMiddleware(app, metrics, 1000, 0.1)(scope, receive, send))
+        assert (b"".join(message.get("body", b"") for message in sent) == answer) is not slow
+        assert all(len(message.get("body", b"")) <= PIECE for message in sent)
+    assert until_sent == [1, 1]
+    exposed = generate_latest(metrics.registry).decode()
+    assert 'limpid_client_disconnects_total{phase="answer"} 1.0' in exposed
+    assert 'limpid_http_requests_total{operation="compress",status="499"} 1.0' in exposed
 
 
 def test_a_path_forges_no_line_of_a_log_for_people() -> None:

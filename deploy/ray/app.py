@@ -18,7 +18,7 @@ from ray.serve import Application
 
 from service.app import create_app, reload_store
 from service.logs import set_up_logging
-from service.settings import Settings
+from service.settings import service_settings
 from service.state import Service
 
 
@@ -40,7 +40,7 @@ class Options(BaseModel):
 
 
 def _app() -> FastAPI:
-    settings = Settings()
+    settings = service_settings()
     set_up_logging(settings)
     return create_app(settings, load_first=True)
 
@@ -74,7 +74,7 @@ def build(args: dict[str, Any]) -> Application:
 
     A replica takes a GPU where `LIMPID_DEVICE` names one, `LIMPID_THREADS` CPUs else.
     """
-    options, settings = Options.model_validate(args), Settings()
+    options, settings = Options.model_validate(args), service_settings()
     gpu = settings.device.startswith("cuda")
     deployment = serve.deployment(Limpid).options(
         name="limpid",

@@ -57,6 +57,7 @@ async def compress(
         else:
             stream = await _within(budget, call, photo, name)
         body = stream.to_bytes()
+        call.hold(body)
     bpp = 8 * len(body) / pixels
     metrics = service.metrics
     metrics.pixels.labels("compress", name).inc(pixels)

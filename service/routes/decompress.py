@@ -69,6 +69,7 @@ async def decompress(
         pixels = padded_pixels(stream.height, stream.width)
         photo = cast(Photo, await call.submit(stream, key, pixels=pixels, bytes=len(data) + 3 * stream.pixels))
         body = await call.in_thread("image_encode", lambda: write_photo(photo, output, quality))
+        call.hold(body)
     metrics = service.metrics
     metrics.pixels.labels("decompress", name).inc(stream.pixels)
     metrics.bitstream_bytes.labels("decompress", name).inc(len(data))

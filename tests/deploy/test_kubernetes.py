@@ -139,5 +139,6 @@ def test_the_ray_service_names_what_exists() -> None:
     cluster = service["spec"]["rayClusterConfig"]
     templates = [cluster["headGroupSpec"]["template"], *(g["template"] for g in cluster["workerGroupSpecs"])]
     for template in templates:
+        assert template["spec"]["enableServiceLinks"] is False
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": template["spec"]}
         kubernetes_validate.validate(pod, VERSIONS[-1], strict=True)
