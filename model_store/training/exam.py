@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.interpolate import PchipInterpolator
 from tqdm import tqdm
 
 from model_store.evaluation.conditions import (
@@ -96,12 +97,22 @@ def sit(model: TrainableCodec, root: Path) -> dict[str, Curve]:
     return answers
 
 
+def gains(curve: Curve, anchor: Curve) -> list[float]:
+    """dB by which `curve` is above each point of `anchor` at its bits, by PCHIP on log rate; beyond its ends too."""
+    at = PchipInterpolator(np.log(curve.bpp), curve.psnr, extrapolate=True)
+    return (at(np.log(anchor.bpp)) - anchor.psnr).tolist()
+
+
 def compared(curve: Curve, anchor: Curve) -> str:
-    """BD-rate, where there is one, and the differences at each rate point."""
-    change = bd_rate(curve, anchor) if len(curve.bpp) > 2 else None
+    """Gains at the bits of the other and BD-rate, where they can be told, and the differences at each rate point."""
+    told = ""
+    if len(curve.bpp) > 2:
+        told = f"{' '.join(f'{gain:+.2f}' for gain in gains(curve, anchor))} dB at its bits; "
+        change = bd_rate(curve, anchor)
+        told += "" if change is None else f"BD-rate {change:+.1f}%; "
     pairs = zip(curve.setting, curve.psnr, anchor.psnr, curve.bpp, anchor.bpp)
     points = ", ".join(f"{at}: {a - b:+.2f} dB {100 * (c / d - 1):+.1f}%" for at, a, b, c, d in pairs)
-    return f"{'' if change is None else f'BD-rate {change:+.1f}%; '}{points}"
+    return told + points
 
 
 def main() -> None:

@@ -62,7 +62,8 @@ def test_photos_are_cut_to_their_centre(
 def test_a_curve_of_twice_the_bits_is_a_hundred_percent_worse() -> None:
     curve = Curve((0.1, 0.2, 0.4, 0.8), (28.0, 30.0, 32.0, 34.0), (2, 4, 6, 8))
     double = replace(curve, bpp=tuple(2 * bpp for bpp in curve.bpp))
-    assert exam.compared(double, curve).startswith("BD-rate +100.0%; 2: +0.00 dB +100.0%")
+    told = "-2.00 -2.00 -2.00 -2.00 dB at its bits; BD-rate +100.0%; 2: +0.00 dB +100.0%"
+    assert exam.compared(double, curve).startswith(told)
     two = Curve(curve.bpp[:2], curve.psnr[:2], (5, 7))
     assert exam.compared(two, replace(two, psnr=(27.0, 30.5))) == "5: +1.00 dB +0.0%, 7: -0.50 dB +0.0%"
 
@@ -78,5 +79,5 @@ def test_a_file_of_an_earlier_exam_is_compared_with(
         exam.main()
     absolute, relative = capsys.readouterr().out.splitlines()
     assert absolute == "kodak clean: 28.00 dB at 0.100, 30.00 dB at 0.200, 32.00 dB at 0.400"
-    assert relative.startswith("kodak clean: BD-rate +0.0%; 2: +0.00 dB +0.0%")
+    assert relative.startswith("kodak clean: +0.00 +0.00 +0.00 dB at its bits; BD-rate +0.0%; 2: +0.00 dB +0.0%")
     assert json.loads(first.read_text())["kodak clean"]["psnr"] == [28.0, 30.0, 32.0]
