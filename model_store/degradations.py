@@ -84,7 +84,7 @@ EVALUATION = Ranges(
     jpeg_quality=(8, 60),
 )
 """Own ranges, so that a gain means generalisation: snow and JPEG go beyond training's. Haze, rain and darkness did so
-until stage 12 of `base`, and short stages unlearned them there while the loss of training fell."""
+until stage 12 of `base`."""
 
 
 @dataclass(frozen=True)

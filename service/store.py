@@ -154,9 +154,10 @@ class ModelStore:
         if digest != entry.sha256:
             raise StoreError(f"model {entry.name}: expected SHA-256 {entry.sha256}, {path} has {digest}")
         try:
+            tensors = load_tensors(data)  # checks the header, which it does not hand out
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             description = header.get("__metadata__", {}).get("limpid", "")
-            codec = ShippedCodec.from_tensors(load_tensors(data), description, device, dtype)
+            codec = ShippedCodec.from_tensors(tensors, description, device, dtype)
         except (SafetensorError, ValueError) as error:
             raise StoreError(f"model {entry.name}: {path}: {error}") from error
         answer = known_answer(codec)

@@ -145,6 +145,7 @@ def test_a_client_that_hangs_up_frees_its_place(server: str, parrots: Photo) -> 
     while metric(server, 'limpid_client_disconnects_total{phase="body"}') < 1:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert metric(server, 'limpid_client_disconnects_total{phase="body"}') == 1
     assert metric(server, 'limpid_requests_in_progress{operation="compress"}') == 0
     assert metric(server, 'limpid_http_requests_total{operation="compress",status="499"}') >= 2
     assert metric(server, 'limpid_http_requests_total{operation="compress",status="500"}') == 0

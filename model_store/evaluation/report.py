@@ -47,8 +47,12 @@ class Curve:
     psnr: tuple[float, ...]
     setting: tuple[int, ...]
 
+    def psnr_at(self, bpp: float) -> float:
+        """PSNR at a rate, by PCHIP over log rate; beyond the ends of the curve too."""
+        return float(PchipInterpolator(np.log(self.bpp), self.psnr)(np.log(bpp)))
+
     def psnr_within(self, bpp: float) -> float | None:
-        """The best PSNR that a budget of rate allows, by PCHIP over log rate; None below the smallest rate.
+        """The best PSNR that a budget of rate allows; None below the smallest rate.
 
         Not the PSNR at that rate: of a noisy photo a codec that keeps the noise is worse the more it spends.
         """
@@ -56,7 +60,7 @@ class Curve:
             return None
         within = [psnr for rate, psnr in zip(self.bpp, self.psnr) if rate <= bpp]
         if bpp < self.bpp[-1]:
-            within.append(float(PchipInterpolator(np.log(self.bpp), self.psnr)(np.log(bpp))))
+            within.append(self.psnr_at(bpp))
         return max(within)
 
 

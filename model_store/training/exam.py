@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 from tqdm import tqdm
 
 from model_store.evaluation.conditions import (
@@ -98,9 +97,8 @@ def sit(model: TrainableCodec, root: Path) -> dict[str, Curve]:
 
 
 def gains(curve: Curve, anchor: Curve) -> list[float]:
-    """dB by which `curve` is above each point of `anchor` at its bits, by PCHIP on log rate; beyond its ends too."""
-    at = PchipInterpolator(np.log(curve.bpp), curve.psnr, extrapolate=True)
-    return (at(np.log(anchor.bpp)) - anchor.psnr).tolist()
+    """dB by which `curve` is above each point of `anchor` at its bits."""
+    return [curve.psnr_at(bpp) - psnr for bpp, psnr in zip(anchor.bpp, anchor.psnr)]
 
 
 def compared(curve: Curve, anchor: Curve) -> str:

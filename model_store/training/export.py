@@ -43,7 +43,7 @@ def export(
     Raises:
         ValueError: the store already has another model of that name.
     """
-    refuse_known(store, name)
+    check_new_name(store, name)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = TrainableCodec(config_of(state["size"], state["ema"]))
     model.load_state_dict(state["ema"])
@@ -61,7 +61,7 @@ def export(
     return enter(store, name, state["size"], tensors, description, training, make_default)
 
 
-def refuse_known(store: Path, name: str) -> None:
+def check_new_name(store: Path, name: str) -> None:
     """Raises:
     ValueError: the store already has a model of that name, or the service would take no store with one.
     """

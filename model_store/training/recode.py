@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from model_store.index import read_model
-from model_store.training.export import STORE, enter, refuse_known
+from model_store.training.export import STORE, check_new_name, enter
 from model_store.training.frequencies import COUNTED_BATCHES, with_counted_tables
 from service.codec.config import CONFIGS
 
@@ -27,7 +27,7 @@ def recode(
     Raises:
         ValueError: the store has no `model`, or already a `name`.
     """
-    refuse_known(store, name)
+    check_new_name(store, name)
     old = read_model(store, model)
     size, description = old.entry["size"], json.loads(old.description)
     description["config"]["skipped"] = CONFIGS[size].skipped
