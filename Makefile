@@ -46,7 +46,7 @@ evaluate: $(VENV)/dev.stamp
 	$(BIN)/python -m model_store.evaluation report
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, PYTHON= names one")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed, PYTHON= names one")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/torch.stamp: | $(VENV)/bin/python

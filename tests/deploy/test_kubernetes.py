@@ -87,12 +87,12 @@ def test_the_pod_meets_the_restricted_standard(manifests: list[Manifest]) -> Non
     assert container["resources"]["limits"]["memory"]
 
 
-def test_the_grace_period_covers_prestop_and_drain(manifests: list[Manifest]) -> None:
+def test_the_grace_period_covers_prestop_drain_and_device(manifests: list[Manifest]) -> None:
     pod = of_kind(manifests, "Deployment")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     drain = next(float(entry["value"]) for entry in container["env"] if entry["name"] == "LIMPID_DRAIN_GRACE_S")
     sleep = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["terminationGracePeriodSeconds"] > sleep + drain + 5
+    assert pod["terminationGracePeriodSeconds"] > sleep + drain + 5 + 7
 
 
 def test_probes_settings_and_metrics_exist_in_the_service(manifests: list[Manifest]) -> None:
