@@ -7,7 +7,8 @@ and leaves it only when its bitstream lies whole in OUT. So neither a restart of
 loses a frame: what is in FRAMES and not in OUT is still to do. Without --camera, another program (an FTP server, say)
 puts the frames there, and they stay there unless --delete is given. A frame that the service refuses goes to
 OUT/refused with the reason beside it. What is not the frame's fault (a wrong key or address, no answer in time) is
-logged, and the frame tried again.
+logged, and the frame tried again. A new frame of a name that has its result already is another one: what becomes of it
+has the time in its name.
 """
 
 from __future__ import annotations
@@ -122,6 +123,11 @@ def state_of(path: Path) -> State:
     return state.st_size, state.st_mtime_ns
 
 
+def came_before(frame: os.stat_result, result: os.stat_result) -> bool:
+    """Whether the frame is the one that the result was made of; ctime tells, whatever mtime a newer one was given."""
+    return frame.st_mtime_ns < result.st_mtime_ns and frame.st_ctime_ns <= result.st_ctime_ns
+
+
 class Gateway:
     """Sends what lies in `frames` and has no result in `out` yet, oldest name first, `at_once` frames at a time."""
 
@@ -156,7 +162,7 @@ class Gateway:
         while True:
             for path, state in self.waiting():
                 await self._room.acquire()
-                self._under_way[path.name] = asyncio.create_task(self._send(path, state))
+                self._under_way[path.name] = asyncio.create_task(self._send(path, state, self._name_of(path)[0]))
             await asyncio.sleep(poll)
 
     def waiting(self) -> list[tuple[Path, State]]:
@@ -167,9 +173,9 @@ class Gateway:
         for path in sorted(self.frames.iterdir()):
             if path.suffix.lower() not in PHOTO_ENDINGS or path.name.startswith(".") or path.name in self._under_way:
                 continue
-            if any(result.exists() for result in self._results(path)):
-                continue
             try:
+                if self._name_of(path)[1]:
+                    continue
                 state = state_of(path)
             except FileNotFoundError:  # somebody took it away
                 continue
@@ -181,31 +187,33 @@ class Gateway:
         return found
 
     def _delete_leftovers(self) -> None:
-        """Delete the frames whose results a stop let be written, but that it left behind.
-
-        A frame that came after the result is another one of that name; ctime tells, whatever mtime it was given.
-        """
+        """Delete the frames whose results a stop let be written, but that it left behind."""
         for path in self.frames.iterdir():
-            for result in self._results(path):
-                try:
-                    frame, then = path.stat(), result.stat()
-                    if frame.st_mtime_ns < then.st_mtime_ns and frame.st_ctime_ns <= then.st_ctime_ns:
-                        path.unlink()
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    log.error("%s: %s", path.name, error)
+            try:
+                if self._name_of(path)[1]:
+                    path.unlink()
+            except OSError as error:
+                log.error("%s: %s", path.name, error)
 
-    def _result(self, path: Path) -> Path:
-        return self.out / f"{path.name}.lmp"
+    def _results(self, name: str) -> list[Path]:
+        """What there is of a frame that is done: its bitstream, or the frame itself, refused."""
+        return [path for path in (self.out / f"{name}.lmp", self.refused / name) if path.exists()]
 
-    def _results(self, path: Path) -> tuple[Path, Path]:
-        """Either lies in OUT once the frame is done: its bitstream, or the frame itself, refused."""
-        return self._result(path), self.refused / path.name
+    def _name_of(self, path: Path) -> tuple[str, bool]:
+        """The name that the results of a frame have, its own unless an earlier frame took it, and if they are there.
 
-    async def _send(self, path: Path, state: State) -> None:
+        Raises:
+            FileNotFoundError: the frame is gone.
+        """
+        frame, results = path.stat(), self._results(path.name)
+        if not results or any(came_before(frame, result.stat()) for result in results):
+            return path.name, bool(results)
+        later = f"{path.stem}.{max(frame.st_mtime_ns, frame.st_ctime_ns)}{path.suffix}"
+        return later, bool(self._results(later))
+
+    async def _send(self, path: Path, state: State, name: str) -> None:
         try:
-            await self._work(path, state)
+            await self._work(path, state, name)
         except OSError as error:
             log.error("%s: %s", path.name, error)
             await asyncio.sleep(1)
@@ -213,8 +221,11 @@ class Gateway:
             del self._under_way[path.name]
             self._room.release()
 
-    async def _work(self, path: Path, state: State) -> None:
-        """Send a frame that was in `state` when it was complete; whatever changes meanwhile is sent again."""
+    async def _work(self, path: Path, state: State, name: str) -> None:
+        """Send a frame that was in `state` when it was complete; whatever changes meanwhile is sent again.
+
+        `name` is that of its results.
+        """
         if state_of(path) != state:
             return
         try:
@@ -222,16 +233,16 @@ class Gateway:
         except LimpidError as error:
             if isinstance(error, RequestRefused) and error.kind not in BLAMELESS:
                 frame = await asyncio.to_thread(path.read_bytes)
-                reason = self.refused / f"{path.name}.txt"
-                results = {reason: f"{error}\n".encode(), self.refused / path.name: frame}
+                reason = self.refused / f"{name}.txt"
+                results = {reason: f"{error}\n".encode(), self.refused / name: frame}
                 if await asyncio.to_thread(self._conclude, path, state, results):
                     log.error("%s is refused: %s", path.name, error)
             else:
                 log.warning("%s waits: %s", path.name, error)
                 await asyncio.sleep(PAUSE)
             return
-        if await asyncio.to_thread(self._conclude, path, state, {self._result(path): done.bitstream}):
-            said = {"frame": path.name, "bytes": len(done.bitstream), "rate": done.rate, "found": done.degradations}
+        if await asyncio.to_thread(self._conclude, path, state, {self.out / f"{name}.lmp": done.bitstream}):
+            said = {"frame": name, "bytes": len(done.bitstream), "rate": done.rate, "found": done.degradations}
             log.info(json.dumps(said))
 
     def _conclude(self, path: Path, state: State, results: dict[Path, bytes]) -> bool:
@@ -264,24 +275,21 @@ async def _film(url: str, every: float, frames: Path, max_waiting: int) -> None:
             log.error("a frame cannot be kept: %s", error)
 
 
-async def _greet(url: str, api_key: str | None) -> None:
+async def _greet(url: str, limpid: AsyncClient) -> None:
     """Say at once what a frame would tell only at its deadline: that no service answers there, or not to this key."""
     try:
-        async with AsyncClient(url, api_key, Policy(deadline=5, attempts=1)) as limpid:
-            models = (await limpid.variants())["models"]
-            log.info("%s serves %s", url, ", ".join(model["name"] for model in models))
+        models = (await limpid.variants(policy=Policy(deadline=5, attempts=1)))["models"]
+        log.info("%s serves %s", url, ", ".join(model["name"] for model in models))
     except LimpidError as error:
         log.warning("%s: %s; frames wait for it", url, error)
 
 
-async def _main(args: argparse.Namespace) -> None:
+async def _main(args: argparse.Namespace, limpid: AsyncClient) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     goal = Goal(rate=args.rate, max_bytes=args.max_bytes, target_bpp=args.target_bpp)
-    patience = Policy(deadline=args.deadline, attempts=ATTEMPTS)
-    api_key = args.api_key or os.environ.get("LIMPID_API_KEY")
-    async with AsyncClient(args.url, api_key, patience) as limpid:
+    async with limpid:
         delete = args.delete or bool(args.camera)
         settle = 0 if args.camera else args.settle  # the camera's frames are written whole
         gateway = Gateway(limpid, args.frames, args.out, goal, args.at_once, delete, settle)
@@ -289,7 +297,7 @@ async def _main(args: argparse.Namespace) -> None:
         if args.camera:
             camera = asyncio.create_task(_film(args.camera, args.every, args.frames, args.max_waiting))
             camera.add_done_callback(lambda _: stop.set())  # a gateway that films no more shall end, and be restarted
-        greeting = asyncio.create_task(_greet(args.url, api_key))
+        greeting = asyncio.create_task(_greet(args.url, limpid))
         await gateway.run(stop)
         greeting.cancel()
         if camera and camera.done():
@@ -325,7 +333,12 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    asyncio.run(_main(args))
+    patience = Policy(deadline=args.deadline, attempts=ATTEMPTS)
+    try:
+        limpid = AsyncClient(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), patience)
+    except ValueError as error:
+        parser.error(str(error))
+    asyncio.run(_main(args, limpid))
 
 
 if __name__ == "__main__":

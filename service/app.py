@@ -26,7 +26,7 @@ from service.codec.bitstream import Bitstream, DegradationKind
 from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, StageTimes
 from service.errors import CLIENT_GONE, INTERNAL, KINDS, Problem, problem_of, problem_response
-from service.exchange import PHASES, ClientGone
+from service.exchange import PHASES, STAGES, ClientGone
 from service.middleware import OPERATIONS, RequestMiddleware
 from service.routes import compress, decompress, health, variants
 from service.routes.compress import UNKNOWN
@@ -55,7 +55,10 @@ def _start_series(service: Service) -> None:
     for label in (*(kind.label for kind in DegradationKind), UNKNOWN):
         metrics.degradations.labels(label)
     for operation in OPERATIONS.values():
-        metrics.requests.labels(operation, "200")
+        for status in {200, CLIENT_GONE, *(problem.status for problem in KINDS if problem.status >= 500)}:
+            metrics.requests.labels(operation, str(status))
+        for stage in STAGES[operation]:
+            metrics.stage_seconds.labels(operation, stage)
         metrics.in_progress.labels(operation)
     for phase in PHASES:
         metrics.disconnects.labels(phase)
@@ -83,12 +86,15 @@ async def _bring_up(service: Service) -> None:
     metrics.queue_bytes.set_function(lambda: batcher.waiting_bytes)
     fields = {"models": list(engine.models), "device": str(engine.device), "precision": engine.precision}
     log.info("ready", extra={"fields": fields})
+    if service.reload_asked:
+        await reload_store(service)
 
 
 async def reload_store(service: Service) -> None:
     """Take up what changed in the store while requests go on. A store that cannot be used changes nothing."""
     if service.ready is None:
-        log.warning("the models are still loading; the store was not reloaded, ask again")
+        log.info("the models are still loading; the store is read again after that")
+        service.reload_asked = True
         return
     engine, metrics = service.ready.engine, service.metrics
     try:

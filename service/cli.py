@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 
-ERRORS = (ValueError, OSError, MemoryError, LimpidError)
+ERRORS = (ValueError, OSError, MemoryError, RuntimeError, LimpidError)
+"""Of one file, after which the others go on; RuntimeError is torch's, of a device that is missing or full."""
+
 LOCAL_AT_ONCE, REMOTE_AT_ONCE = 2, 8
 PATIENCE = 1.0
 """Seconds for which a single photo may work without a sign."""
@@ -95,8 +97,7 @@ def _run(
             if not alone:
                 bar.update()
     except KeyboardInterrupt:
-        if not isinstance(codec, Client):
-            codec.give_up()
+        codec.give_up()
         raise
     finally:
         bar.close()

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 CHUNK = 1 << 16
 RETRIED = frozenset({408, 429, 502, 503})
+PROBLEM = "urn:limpid:problem:"
 
 
 class LimpidError(Exception):
@@ -141,9 +143,22 @@ class _Call:
         headers = {**self.headers, "Limpid-Timeout": f"{self.left():.3f}"}
         if isinstance(self.body, Path):  # else it would go out chunked, its length unsaid
             headers["Content-Length"] = str(self.body.stat().st_size)
+        elif isinstance(self.body, bytes):
+            headers["Content-Length"] = str(len(self.body))
         return {"params": dict(self.params), "headers": headers, "timeout": self.left()}
 
-    def pause_after(self, outcome: httpx.Response | httpx.TransportError) -> float | None:
+    def in_time(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """The chunks, for as long as there is time: httpx's own timeout is that of each piece.
+
+        Raises:
+            httpx.TimeoutException: the deadline passed.
+        """
+        for chunk in chunks:
+            if self.clock() > self._ends:
+                raise httpx.TimeoutException(f"not done within {self.policy.deadline:g} seconds")
+            yield chunk
+
+    def pause_after(self, outcome: httpx.Response | httpx.RequestError) -> float | None:
         """Seconds to wait before the next attempt; None where there is none, and `outcome` is the end."""
         if isinstance(outcome, httpx.Response) and outcome.status_code not in RETRIED:
             return None
@@ -170,7 +185,7 @@ def retry_after(value: str | None) -> float:
 
 def _chunks(body: Body) -> Iterator[bytes]:
     if isinstance(body, bytes):
-        yield body
+        yield from (body[start : start + CHUNK] for start in range(0, len(body), CHUNK))
     elif isinstance(body, Path):
         with body.open("rb") as file:
             while chunk := file.read(CHUNK):
@@ -186,21 +201,23 @@ async def _async_chunks(body: Body) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def _finish(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:
+def _finish(outcome: httpx.Response | httpx.RequestError) -> httpx.Response:
     """The response, if it is a good one.
 
     Raises:
         LimpidError: it is not, or there is none.
     """
-    if isinstance(outcome, httpx.TransportError):
+    if isinstance(outcome, httpx.RequestError):
         raise ServiceUnavailable("unreachable", f"{type(outcome).__name__}: {outcome}") from outcome
     if outcome.is_success:
         return outcome
     try:
         problem = outcome.json()
-        kind, detail = str(problem["type"]).rpartition(":")[2], str(problem["detail"])
-    except (ValueError, KeyError, TypeError):  # a proxy's answer
-        kind, detail = "unexpected-answer", outcome.text[:200]
+        name, detail = str(problem["type"]), str(problem["detail"])
+    except (ValueError, KeyError, TypeError):
+        name, detail = "", outcome.text[:200]
+    # A proxy answers as it likes, with problems of its own too.
+    kind = name.removeprefix(PROBLEM) if name.startswith(PROBLEM) else "unexpected-answer"
     status = outcome.status_code
     types: dict[int, type[LimpidError]] = {401: Unauthorized, 429: ServiceBusy, 504: DeadlineExceeded}
     # Only what Limpid itself refuses will never succeed: not a slow link, a redirect or a proxy without its backend.
@@ -276,13 +293,26 @@ def _weighted(header: str, prefix: str) -> dict[str, float]:
     return found
 
 
-def _with_scheme(url: str) -> str:
-    """As curl reads it: http where nothing else is said."""
-    return url if "://" in url else f"http://{url}"
+def _base(url: str) -> httpx.URL:
+    """As curl reads it: http where nothing else is said.
+
+    Raises:
+        ValueError: it is no URL.
+    """
+    try:
+        return httpx.URL(url if "://" in url else f"http://{url}")
+    except httpx.InvalidURL as error:
+        raise ValueError(f"expected the URL of a service, got {url!r}: {error}") from None
 
 
 def _headers(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    """Raises:
+    ValueError: no header can carry the key, which is not told.
+    """
+    key = (api_key or "").strip()  # a file's last line ends in a newline
+    if not all("!" <= letter <= "~" for letter in key):
+        raise ValueError("expected an API key of visible ASCII characters")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class Client:
@@ -303,7 +333,8 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.policy = policy or Policy()
-        self._http = httpx.Client(base_url=_with_scheme(url), headers=_headers(api_key), transport=transport)
+        self._given_up = threading.Event()
+        self._http = httpx.Client(base_url=_base(url), headers=_headers(api_key), transport=transport)
 
     def __enter__(self) -> Client:
         return self
@@ -313,6 +344,10 @@ class Client:
 
     def close(self) -> None:
         self._http.close()
+
+    def give_up(self) -> None:
+        """From another thread: nothing that failed is tried again from now on."""
+        self._given_up.set()
 
     def compress(
         self,
@@ -347,26 +382,28 @@ class Client:
         """
         return _restored(self._send(_decompress_call(bitstream, media_type, quality, policy or self.policy)))
 
-    def variants(self) -> dict[str, Any]:
+    def variants(self, *, policy: Policy | None = None) -> dict[str, Any]:
         """What `GET /variants` says.
 
         Raises:
             LimpidError: see its subclasses.
         """
-        return _variants(self._send(_Call("GET", "/variants", self.policy)))
+        return _variants(self._send(_Call("GET", "/variants", policy or self.policy)))
 
     def _send(self, call: _Call) -> httpx.Response:
         while True:
-            content = call.body if call.body is None or isinstance(call.body, bytes) else _chunks(call.body)
-            outcome: httpx.Response | httpx.TransportError
+            content = None if call.body is None else call.in_time(_chunks(call.body))
+            outcome: httpx.Response | httpx.RequestError
             try:
-                outcome = self._http.request(call.method, call.path, content=content, **call.arguments())
-            except httpx.TransportError as error:
+                with self._http.stream(call.method, call.path, content=content, **call.arguments()) as answer:
+                    whole = b"".join(call.in_time(answer.iter_bytes()))
+                headers = [(name, value) for name, value in answer.headers.items() if name != "content-encoding"]
+                outcome = httpx.Response(answer.status_code, headers=headers, content=whole)
+            except httpx.RequestError as error:
                 outcome = error
             pause = call.pause_after(outcome)
-            if pause is None:
+            if pause is None or self._given_up.wait(pause):
                 return _finish(outcome)
-            time.sleep(pause)
 
 
 class AsyncClient:
@@ -380,7 +417,7 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.policy = policy or Policy()
-        self._http = httpx.AsyncClient(base_url=_with_scheme(url), headers=_headers(api_key), transport=transport)
+        self._http = httpx.AsyncClient(base_url=_base(url), headers=_headers(api_key), transport=transport)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -418,18 +455,21 @@ class AsyncClient:
         """See `Client.decompress`."""
         return _restored(await self._send(_decompress_call(bitstream, media_type, quality, policy or self.policy)))
 
-    async def variants(self) -> dict[str, Any]:
+    async def variants(self, *, policy: Policy | None = None) -> dict[str, Any]:
         """See `Client.variants`."""
-        return _variants(await self._send(_Call("GET", "/variants", self.policy)))
+        return _variants(await self._send(_Call("GET", "/variants", policy or self.policy)))
 
     async def _send(self, call: _Call) -> httpx.Response:
         while True:
             content = call.body if call.body is None or isinstance(call.body, bytes) else _async_chunks(call.body)
-            outcome: httpx.Response | httpx.TransportError
+            outcome: httpx.Response | httpx.RequestError
             try:
-                outcome = await self._http.request(call.method, call.path, content=content, **call.arguments())
-            except httpx.TransportError as error:
+                async with asyncio.timeout(call.left()):
+                    outcome = await self._http.request(call.method, call.path, content=content, **call.arguments())
+            except httpx.RequestError as error:
                 outcome = error
+            except TimeoutError:
+                outcome = httpx.TimeoutException(f"not done within {call.policy.deadline:g} seconds")
             pause = call.pause_after(outcome)
             if pause is None:
                 return _finish(outcome)

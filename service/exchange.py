@@ -36,6 +36,12 @@ TIMEOUT_HEADER = "limpid-timeout"
 BINARY = {"type": "string", "format": "binary"}
 
 
+STAGES = {
+    "compress": ("body", "image_decode", "queue", "transform", "entropy"),
+    "decompress": ("body", "queue", "entropy", "transform", "image_encode"),
+}
+"""What the time of a request goes to, in order."""
+
 PHASES = ("body", "image_decode", "queue", "image_encode", "answer")
 """What a request may be waiting for when its client hangs up; the last: for it to take its answer."""
 
@@ -190,14 +196,16 @@ class Exchange:
             item, key, pixels=pixels, bytes=bytes, deadline=self.deadline, begun=begun
         )
         value, times = done.result
-        self._add("queue", done.queued + times.queue)
-        self._add("transform", times.transform)
-        self._add("entropy", times.entropy)
+        spent = {"queue": done.queued + times.queue, "transform": times.transform, "entropy": times.entropy}
+        ago = sum(spent.values())
+        for stage in filter(spent.__contains__, STAGES[self.operation]):  # as if each were done at a go
+            ago -= spent[stage]
+            self._add(stage, spent[stage], ago)
         return value
 
-    def _add(self, stage: str, seconds: float) -> None:
+    def _add(self, stage: str, seconds: float, ago: float = 0.0) -> None:
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
-        self.service.stage_span(stage, seconds)
+        self.service.stage_span(stage, seconds, ago)
 
     def observe_stages(self) -> None:
         """Once per request, at its end: a budget passes some stages several times."""

@@ -88,14 +88,28 @@ class Metrics:
                 self.gpu_memory.labels(name, "reserved").set(torch.cuda.memory_reserved(index))
 
 
-def memory_limit() -> int:
-    """Bytes that this process may use: its control group's limit (v2, v1), else the machine's memory."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
+def memory_limit(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this process may use: the least of its control groups (v2, v1) and the machine's memory."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        lines = []
+    for _, controllers, path in lines:
+        if controllers == "":
+            top, name = groups, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = groups / "memory", "memory.limit_in_bytes"
+        else:
             continue
-        if text.isdigit():
-            return min(machine, int(text))
-    return machine
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
+                break
+            try:
+                text = (folder / name).read_text().strip()
+            except OSError:  # a container sees its own group at the top
+                continue
+            if text.isdigit():
+                limits.append(int(text))
+    return min(limits)

@@ -30,6 +30,12 @@ SLOWEST = 2**15
 OPERATIONS = {"/compress": "compress", "/decompress": "decompress"}
 
 
+def as_get(scope: Scope) -> Scope:
+    """A HEAD request as the GET of the same; of ranges it knows nothing (RFC 9110, section 14.2)."""
+    headers = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
+    return {**scope, "method": "GET", "headers": headers}
+
+
 class RequestMiddleware:
     """Gives each request an id, cuts bodies at `max_body_bytes`, counts and logs what was answered.
 
@@ -100,7 +106,7 @@ class RequestMiddleware:
                 problem = Problem(TOO_LARGE, f"expected at most {self.max_body_bytes} bytes of body, got {stated}")
                 await problem_response(problem, request)(scope, receive, counted_send)
             else:
-                asked = {**scope, "method": "GET"} if head_only else scope
+                asked = as_get(scope) if head_only else scope
                 await self.app(asked, limited_receive, counted_send)
         except asyncio.CancelledError:  # by the server, whose grace after SIGTERM is over
             if status:

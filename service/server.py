@@ -25,6 +25,9 @@ from service.state import Service
 
 log = logging.getLogger("limpid")
 
+KEEP_ALIVE = 75
+"""Seconds for which an idle connection stays: longer than proxies keep theirs, which else post into one that closes."""
+
 
 class DrainingServer(uvicorn.Server):
     """Drains the service before uvicorn closes its sockets."""
@@ -87,6 +90,8 @@ def serve(settings: Settings) -> None:
     # The device thread holds the interpreter lock between kernels; the event loop shall not wait 5 ms for it each time.
     sys.setswitchinterval(0.001)
     app: FastAPI = create_app(settings)
+    if not settings.api_keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("no LIMPID_API_KEYS: whoever reaches the service may use it")
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -95,6 +100,7 @@ def serve(settings: Settings) -> None:
         access_log=False,
         timeout_graceful_shutdown=5,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
     )
     server = DrainingServer(config, app.state.service)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:

@@ -67,7 +67,12 @@ class Settings(BaseSettings):
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        if value and not parts:  # as keys these would leave the service open
+            raise ValueError("expected something between the commas, or nothing at all")
+        return parts
 
 
 def service_settings(**chosen: object) -> Settings:

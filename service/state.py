@@ -40,6 +40,7 @@ class Service:
         body_bytes: of their bodies, as announced, or as they have come where nothing was, and of the answers that
             clients have yet to take.
         draining: set by SIGTERM; nothing more is admitted.
+        reload_asked: by a SIGHUP while the models load.
     """
 
     settings: Settings
@@ -50,6 +51,7 @@ class Service:
     admitted: int = 0
     body_bytes: int = 0
     draining: bool = False
+    reload_asked: bool = False
 
     @property
     def accepts(self) -> bool:

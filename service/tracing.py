@@ -17,11 +17,11 @@ from service import __version__
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-StageSpan = Callable[[str, float], None]
-"""Records a stage that has just ended, by name and seconds, as a child of the request's span."""
+StageSpan = Callable[[str, float, float], None]
+"""Records a stage as a child of the request's span: its name, its seconds, and how many seconds ago it ended."""
 
 
-def no_span(stage: str, seconds: float) -> None:
+def no_span(stage: str, seconds: float, ago: float) -> None:
     """Tracing is off."""
 
 
@@ -45,12 +45,17 @@ def set_up_tracing(app: FastAPI, endpoint: str, exporter: SpanExporter | None = 
         raise ValueError(f"LIMPID_OTLP_ENDPOINT needs the extra limpid[otel]: {error}") from error
     provider = TracerProvider(resource=Resource({"service.name": "limpid", "service.version": __version__}))
     provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint)))
-    app.add_middleware(OpenTelemetryMiddleware, tracer_provider=provider, excluded_urls="livez,readyz,metrics")
+    app.add_middleware(
+        OpenTelemetryMiddleware,
+        tracer_provider=provider,
+        excluded_urls="/(livez|readyz|metrics)$",
+        exclude_spans=["receive", "send"],  # of which an upload has one per piece
+    )
     atexit.register(provider.shutdown)  # sends what is left
     tracer = provider.get_tracer("limpid", __version__)
 
-    def record(stage: str, seconds: float) -> None:
-        now = time.time_ns()
-        tracer.start_span(stage, start_time=now - int(1e9 * seconds)).end(now)
+    def record(stage: str, seconds: float, ago: float) -> None:
+        ended = time.time_ns() - int(1e9 * ago)
+        tracer.start_span(stage, start_time=ended - int(1e9 * seconds)).end(ended)
 
     return record

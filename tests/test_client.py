@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from email.utils import formatdate
 from pathlib import Path
 
@@ -152,6 +155,71 @@ def test_retry_after_is_obeyed_and_never_past_the_deadline() -> None:
     assert time.monotonic() - started < 1
 
 
+def test_the_deadline_ends_an_answer_that_only_drips() -> None:
+    class Drip(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
+
+        def log_message(self, *_: object) -> None: ...
+
+    patience = Policy(deadline=1, attempts=1)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Drip) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+
+        async def drink() -> None:
+            async with AsyncClient(url, policy=patience) as client:
+                await client.compress(b"photo")
+
+        started = time.monotonic()
+        with Client(url, policy=patience) as client, pytest.raises(ServiceUnavailable, match="not done within 1 s"):
+            client.compress(b"photo")
+        with pytest.raises(ServiceUnavailable, match="not done within 1 s"):
+            asyncio.run(drink())
+        assert time.monotonic() - started < 4
+        server.shutdown()
+
+
+def test_waiting_can_be_given_up() -> None:
+    busy = [problem(429, "queue-full", **{"retry-after": "30"}) for _ in range(2)]
+    with Client("http://x", transport=httpx.MockTransport(Script(*busy))) as client:
+        threading.Timer(0.2, client.give_up).start()
+        started = time.monotonic()
+        with pytest.raises(ServiceBusy):
+            client.compress(b"photo")
+        assert time.monotonic() - started < 5
+
+
+def test_a_key_of_a_file_is_read_and_one_that_no_header_carries_is_not_told() -> None:
+    with Client("http://x", "key\n", transport=httpx.MockTransport(script := Script(good()))) as client:
+        client.compress(b"photo")
+    assert script.requests[0].headers["authorization"] == "Bearer key"
+    with pytest.raises(ValueError, match="visible ASCII") as told:
+        Client("http://x", "top\nsecret")
+    assert "secret" not in str(told.value)
+
+
+def test_an_address_that_is_none_is_told() -> None:
+    with pytest.raises(ValueError, match="expected the URL of a service, got 'http://limpid:port'"):
+        Client("http://limpid:port")
+
+
+def test_an_answer_that_is_damaged_is_asked_for_again() -> None:
+    def script() -> Script:
+        damaged = httpx.ByteStream(b"not gzip at all")
+        return Script(httpx.Response(200, headers={"content-encoding": "gzip"}, stream=damaged), good())
+
+    for sent, result in both(script, "compress", b"photo"):
+        assert result.bitstream == b"stream"
+        assert len(sent.requests) == 2
+
+
 def test_a_name_is_no_upload() -> None:
     with Client("http://limpid") as limpid, pytest.raises(TypeError, match="got str"):
         limpid.compress("photo.jpg")  # type: ignore[arg-type]
@@ -167,6 +235,11 @@ def test_an_answer_that_is_not_ours_is_said_to_be(tmp_path: Path) -> None:
     for _, error in both(lambda: Script(httpx.Response(400, text="<html>proxy")), "variants"):
         assert error.kind == "unexpected-answer"
         assert "proxy" in error.detail
+    for _, error in both(
+        lambda: Script(httpx.Response(403, json={"type": "about:blank", "detail": "WAF"})), "variants"
+    ):
+        assert (type(error), error.kind, error.status) == (ServiceUnavailable, "unexpected-answer", 403)
+        assert "WAF" in error.detail
     for call in ("compress", "decompress"):  # as a captive portal says it
         for _, error in both(lambda: Script(httpx.Response(200, text="<html>portal")), call, b"x"):
             assert (type(error), error.kind, error.status) == (ServiceUnavailable, "unexpected-answer", 200)

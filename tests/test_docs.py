@@ -103,11 +103,19 @@ def test_every_tool_beside_the_product_still_imports() -> None:
         importlib.import_module(name)
 
 
+def slug(heading: str) -> str:
+    """As the forges make an anchor of a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in [*PAGES, "deploy/README.md", "model_store/README.md"]:
         text = (ROOT / page).read_text()
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+        for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^):]+)\)", text)):
+            found = (ROOT / page).parent / target if target else ROOT / page
+            assert found.exists(), f"{page}: {target}"
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.M) if anchor else []
+            assert not anchor or anchor in {slug(heading) for heading in headings}, f"{page}: {target}#{anchor}"
         for name in re.findall(r"`((?:service|model_store|deploy|tests|docs)/[\w./-]+)`", text):
             assert (ROOT / name).exists(), f"{page}: {name}"
 

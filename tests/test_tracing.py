@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
+from pathlib import Path
 
+import pytest
 from fastapi import FastAPI
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import get_current_span
+from opentelemetry.trace import SpanKind, get_current_span
 from starlette.testclient import TestClient
 
+from service.app import create_app
+from service.engine import Photo
+from service.exchange import STAGES
+from service.settings import Settings
 from service.tracing import set_up_tracing
+from tests.conftest import copied_store, image_bytes
 
 
 def test_stages_are_children_of_the_request_in_the_callers_trace() -> None:
@@ -18,7 +26,7 @@ def test_stages_are_children_of_the_request_in_the_callers_trace() -> None:
 
     @app.post("/compress")
     async def compress() -> str:
-        stage_span("transform", 0.25)
+        stage_span("transform", 0.25, 0.5)
         return format(get_current_span().get_span_context().trace_id, "032x")
 
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -36,3 +44,25 @@ def test_stages_are_children_of_the_request_in_the_callers_trace() -> None:
     assert stage.end_time is not None
     assert stage.start_time is not None
     assert abs((stage.end_time - stage.start_time) / 1e9 - 0.25) < 0.001
+
+
+def test_a_compress_is_one_span_and_one_per_stage_in_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bikes: Photo
+) -> None:
+    exporter = InMemorySpanExporter()
+    monkeypatch.setattr("service.app.set_up_tracing", lambda app, url: set_up_tracing(app, url, exporter))
+    settings = Settings(store=copied_store(tmp_path).folder, otlp_endpoint="http://metrics.example/v1/traces")
+    upload = image_bytes(bikes)
+    with TestClient(create_app(settings), base_url="http://readyz.metrics.example") as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.1)
+        chunks = iter([upload[start : start + 1000] for start in range(0, len(upload), 1000)])
+        assert client.post("/compress", content=chunks).status_code == 200
+    deadline = time.monotonic() + 15
+    while not any(span.kind is SpanKind.SERVER for span in exporter.get_finished_spans()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    *stages, request = sorted(exporter.get_finished_spans(), key=lambda span: span.end_time or 0)
+    assert [span.name for span in stages] == list(STAGES["compress"])
+    assert request.name == "POST /compress"
+    assert all((a.end_time or 0) <= (b.start_time or 0) + 1_000_000 for a, b in pairwise(stages))

@@ -159,9 +159,9 @@ def test_a_frame_that_has_its_result_goes_if_the_last_stop_left_it(tmp_path: Pat
         async with AsyncClient("http://127.0.0.1:9") as limpid:
             return Gateway(limpid, tmp_path, out, {}, 1, delete).waiting()
 
-    assert asyncio.run(waiting(delete=False)) == []
+    asyncio.run(waiting(delete=False))
     assert len(list(tmp_path.glob("*.jpg"))) == 2
-    assert asyncio.run(waiting(delete=True)) == []
+    asyncio.run(waiting(delete=True))
     assert [path.name for path in tmp_path.glob("*.jpg")] == ["new.jpg"]
 
 
@@ -179,6 +179,35 @@ def test_a_frame_that_came_after_the_result_of_its_name_stays(tmp_path: Path) ->
 
     asyncio.run(start())
     assert (tmp_path / "a.jpg").exists()
+
+
+@pytest.mark.parametrize("delete", [True, False])
+def test_a_new_frame_of_a_known_name_is_sent_once_and_takes_nothing_away(tmp_path: Path, delete: bool) -> None:
+    sent: list[bytes] = []
+    out, path = tmp_path / "out", tmp_path / "snapshot.jpg"
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(await request.aread())
+        if sent[-1] == b"bad":
+            return httpx.Response(422, json={"type": "urn:limpid:problem:corrupt-image", "detail": "truncated"})
+        headers = {"limpid-rate": "4", "limpid-bpp": "0.5", "limpid-model": "m"}
+        return httpx.Response(200, content=b"of " + sent[-1], headers=headers)
+
+    async def work() -> None:
+        async with AsyncClient("x", transport=httpx.MockTransport(answer)) as limpid:
+            stop = asyncio.Event()
+            work = asyncio.create_task(Gateway(limpid, tmp_path, out, {}, 1, delete).run(stop, 0.02))
+            for frame in (b"one", b"bad", b"two", b"two"):
+                path.write_bytes(frame)
+                await asyncio.sleep(0.5)
+            stop.set()
+            await work
+
+    asyncio.run(work())
+    assert sent == [b"one", b"bad", b"two", b"two"]
+    assert sorted(result.read_bytes() for result in out.glob("*.lmp")) == [b"of one", b"of two", b"of two"]
+    assert [result.read_bytes() for result in (out / "refused").glob("*.jpg")] == [b"bad"]
+    assert path.exists() is not delete
 
 
 @pytest.mark.parametrize("size", [1, 7, 10_000])
