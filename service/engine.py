@@ -280,8 +280,10 @@ class Engine:
             try:
                 results.update(zip(indexes, run(indexes)))
             except torch.AcceleratorError as error:
+                _let_go(error)
                 raise DeviceFailure(f"{self.device}: {error}") from error
             except RuntimeError as error:
+                _let_go(error)
                 if "can't allocate memory" in str(error):  # how torch words it on the CPU
                     raise MemoryError(str(error)) from error
                 raise

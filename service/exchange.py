@@ -15,8 +15,10 @@ import hmac
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
@@ -103,6 +105,7 @@ class Exchange:
         self._task = asyncio.current_task()
         self.watcher: asyncio.Task[None] | None = None
         self._arrives, self._arrived = request.receive, 0
+        self.unfinished: Future[Any] | None = None
 
     def expect(self, more: int) -> None:
         """Count bytes of the body among those in progress.
@@ -182,10 +185,22 @@ class Exchange:
             self._task.cancel()
 
     async def in_thread(self, stage: str, work: Callable[[], T]) -> T:
-        """Run blocking `work` in an image thread and time it."""
+        """Run blocking `work` in an image thread and time it.
+
+        Nobody can stop it once it has begun. So a request that ends before stays counted, with its bytes, until then.
+        """
         self.phase = stage
         started = time.perf_counter()
-        result = await asyncio.get_running_loop().run_in_executor(self.ready.image_threads, work)
+        waiting = [work]
+        future = self.ready.image_threads.submit(lambda: waiting.pop()())
+        try:
+            result = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            with suppress(IndexError):
+                waiting.pop()  # it has not begun, and holds the upload no longer
+                raise
+            self.unfinished = future
+            raise
         self._add(stage, time.perf_counter() - started)
         return result
 
@@ -229,6 +244,11 @@ def check_query(request: Request) -> None:
             raise Problem(MALFORMED, f"{name}: expected one value, got {len(given.getlist(name))}")
 
 
+def _soon(loop: asyncio.AbstractEventLoop, then: Callable[[], None], _: Future[Any]) -> None:
+    with suppress(RuntimeError):  # the loop has ended meanwhile
+        loop.call_soon_threadsafe(then)
+
+
 @asynccontextmanager
 async def exchange(request: Request, service: Service, operation: str) -> AsyncIterator[Exchange]:
     """Admit a request, before any of its body is read, and see it to its answer.
@@ -249,6 +269,11 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
     in_progress = service.metrics.in_progress.labels(operation)
     service.admitted += 1
     in_progress.inc()
+
+    def leave() -> None:
+        service.admitted -= 1
+        service.body_bytes -= call.expected
+
     try:
         async with asyncio.timeout(timeout):
             yield call
@@ -264,8 +289,10 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
         service.metrics.disconnects.labels(call.phase).inc()
         raise ClientGone(call.phase) from None
     finally:
-        service.admitted -= 1
-        service.body_bytes -= call.expected
+        if call.unfinished:
+            call.unfinished.add_done_callback(partial(_soon, asyncio.get_running_loop(), leave))
+        else:
+            leave()
         in_progress.dec()
         call.observe_stages()
         if call.watcher:

@@ -2,19 +2,22 @@
 
 An upload of any supported kind becomes (H, W, 3) uint8 sRGB: EXIF orientation applied, the embedded ICC profile
 converted, 16 bits made 8 (grey rounded, colour cut), CMYK, grey and palette expanded, transparency laid over white, the
-first frame of an animation. Limits are checked from the header, before a pixel is allocated.
+first frame of an animation. Limits are checked from the header, before a pixel is allocated; how a file is built is
+looked at before that (`service/structure.py`).
 """
 
 from __future__ import annotations
 
 import io
-import re
+import warnings
 import zlib
 from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, ImageOps, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+from service.structure import canvas, check_structure
 
 Photo = NDArray[np.uint8]
 
@@ -22,13 +25,7 @@ INPUT_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP")
 
 Image.MAX_IMAGE_PIXELS = None  # `read_photo` has its own limit and applies it before decoding
 
-_MOST_SCANS = 100
-"""Of a progressive JPEG; photos have some ten. Each costs as much time as the photo is large and as few as 33 bytes."""
-
-_MOST_MARKERS = 10_000
-
-_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
-"""The markers that have parameters, and begin and end (ITU-T T.81, table B.1); the others libjpeg passes over."""
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of tags, say: an upload shall not fill the log
 
 _SRGB = ImageCms.createProfile("sRGB")
 
@@ -78,6 +75,12 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
         MemoryError: the machine has too little for it.
     """
     try:
+        check_structure(data)
+    except ValueError as error:
+        raise CorruptImage(str(error)) from None
+    if announced := canvas(data):
+        check_size(*announced, max_pixels)
+    try:
         image = Image.open(io.BytesIO(data), formats=INPUT_FORMATS)
     except UnidentifiedImageError as error:
         if name := _begins_like(data):
@@ -85,11 +88,13 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
         raise NotAnImage(
             f"expected an image ({', '.join(INPUT_FORMATS)}), got {len(data)} bytes of something else"
         ) from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's plugins raise whatever their libraries do
         raise CorruptImage(f"the image header is damaged: {error}") from error
     with image:
         try:
-            _check_cost(image, data, max_pixels)
+            _check_cost(image, max_pixels)
             image.load()
             _turn_upright(image)
             return _to_srgb(image)
@@ -99,38 +104,22 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
             raise CorruptImage(f"the {image.format} file is damaged: {error}") from error
 
 
-def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
+def _check_cost(image: Image.Image, max_pixels: int) -> None:
     """Of decoding it, from its header.
 
     Raises:
-        TooManyPixels, CorruptImage: as in `read_photo`.
+        TooManyPixels: as in `read_photo`.
     """
     check_size(image.height, image.width, max_pixels)
     if isinstance(image, TiffImagePlugin.TiffImageFile):  # whole tiles are allocated, be they larger than the photo
         tags, tag = image.tag_v2, ExifTags.Base
         check_size(int(tags.get(tag.TileLength, 1)), int(tags.get(tag.TileWidth, 1)), max_pixels)
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and _has_too_many_scans(data):
-        raise CorruptImage(f"expected a JPEG of at most {_MOST_SCANS} scans and {_MOST_MARKERS} markers")
 
 
 def _begins_like(data: bytes) -> str | None:
     """The format whose signature the bytes bear, as Pillow's plugins know it; BMP's two letters say too little."""
     accepts = {name: Image.OPEN[name][1] for name in INPUT_FORMATS if name != "BMP"}
     return next((name for name, accept in accepts.items() if accept and accept(data[:16]) is True), None)
-
-
-def _has_too_many_scans(jpeg: bytes) -> bool:
-    """Of the first image in the file; what follows it, such as a phone's video, does not count."""
-    scans, at = 0, 2
-    for _ in range(_MOST_MARKERS):
-        found = _JPEG_MARKER.search(jpeg, at)
-        if not found or found[0] == b"\xff\xd9":
-            return False
-        scans += found[0] == b"\xff\xda"
-        if scans > _MOST_SCANS:
-            return True
-        at = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])  # past the marker's parameters
-    return True
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -160,26 +149,43 @@ def _to_srgb(image: Image.Image) -> Photo:
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit_grey(image)
-    if image.mode == "P" or "transparency" in image.info:
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # of 16 bits, of whose pixels Pillow has kept the upper eight
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    if image.mode == "P" or key is not None:
+        image = image.convert("RGB" if key is None else "RGBA")
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        colour = _convert_profile(image.convert("RGB"), profile)
+        grey = image.mode in ("LA", "La")
+        if image.mode != "RGBA":
+            image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
-        return np.asarray(Image.composite(colour, white, alpha))
-    return np.asarray(_convert_profile(image, profile).convert("RGB"))
+        white.paste(_rgb(_convert_profile(image.convert("L" if grey else "RGB"), profile)), mask=image.getchannel("A"))
+        return np.asarray(white)
+    return np.asarray(_rgb(_convert_profile(image, profile)))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits, rounded; float grey is taken as [0, 1]. Some rows at a time, for memory's sake."""
+    """16-bit grey to 8 bits, rounded; float grey is taken as [0, 1]. Some rows at a time, for memory's sake.
+
+    A grey level that PNG calls transparent becomes white, and a TIFF whose zero is white is turned round.
+    """
     scale = 255 if image.mode == "F" else 255 / 65535
+    tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+    negative = tiff and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0 and image.mode != "F"
+    key = image.info.get("transparency")
     values = np.asarray(image)
     grey = np.empty(values.shape, np.uint8)
     rows = max(1, 2**18 // values.shape[1])
     for start in range(0, len(values), rows):
-        some = np.nan_to_num(values[start : start + rows].astype(np.float64)) * scale
-        grey[start : start + rows] = np.clip(np.rint(some), 0, 255)
+        some = values[start : start + rows]
+        levels = np.clip(np.rint(np.nan_to_num(some.astype(np.float64)) * scale), 0, 255)
+        grey[start : start + rows] = 255 - levels if negative else levels
+        if isinstance(key, int):
+            grey[start : start + rows][some == key] = 255
     return Image.fromarray(grey)
 
 

@@ -30,10 +30,15 @@ SLOWEST = 2**15
 OPERATIONS = {"/compress": "compress", "/decompress": "decompress"}
 
 
-def as_get(scope: Scope) -> Scope:
-    """A HEAD request as the GET of the same; of ranges it knows nothing (RFC 9110, section 14.2)."""
-    headers = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
-    return {**scope, "method": "GET", "headers": headers}
+def as_routed(scope: Scope) -> Scope:
+    """The request as routes see it: HEAD is GET, and a range that is not one of bytes, or of HEAD, is ignored.
+
+    RFC 9110, sections 9.3.2 and 14.2.
+    """
+    ranged = scope["method"] == "GET" and dict(scope["headers"]).get(b"range", b"").startswith(b"bytes=")
+    unknown = () if ranged else (b"range", b"if-range")
+    headers = [(name, value) for name, value in scope["headers"] if name not in unknown]
+    return {**scope, "method": "GET" if scope["method"] == "HEAD" else scope["method"], "headers": headers}
 
 
 class RequestMiddleware:
@@ -106,8 +111,7 @@ class RequestMiddleware:
                 problem = Problem(TOO_LARGE, f"expected at most {self.max_body_bytes} bytes of body, got {stated}")
                 await problem_response(problem, request)(scope, receive, counted_send)
             else:
-                asked = as_get(scope) if head_only else scope
-                await self.app(asked, limited_receive, counted_send)
+                await self.app(as_routed(scope), limited_receive, counted_send)
         except asyncio.CancelledError:  # by the server, whose grace after SIGTERM is over
             if status:
                 raise

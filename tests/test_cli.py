@@ -196,6 +196,21 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Lines
     assert capsys.readouterr().err.startswith("limpid: LIMPID_MAX_PIXELS: ")
 
 
+def test_keys_that_are_none_do_not_leave_the_service_open(monkeypatch: pytest.MonkeyPatch, capsys: Lines) -> None:
+    monkeypatch.setenv("LIMPID_API_KEYS", " , ")
+    assert main(["serve"]) == 1
+    assert capsys.readouterr().err.startswith("limpid: LIMPID_API_KEYS: ")
+    monkeypatch.setenv("LIMPID_API_KEYS", "")  # as Compose passes it
+    assert Settings().api_keys == []
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Lines, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    monkeypatch.setenv("LIMPID_DEVICE", "gpu")
+    assert main(["compress", str(tmp_path / "a.png")]) == 1
+    assert "gpu" in capsys.readouterr().err
+
+
 def test_a_misspelt_setting_is_not_overlooked(monkeypatch: pytest.MonkeyPatch, capsys: Lines) -> None:
     monkeypatch.setenv("LIMPID_API_KEY", "secret")  # the client's; the service would be open
     assert main(["serve"]) == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -176,6 +178,115 @@ def test_a_jpeg_of_ever_more_scans_is_refused_unread(parrots: Photo) -> None:
             read_photo(bomb, LIMIT)
     with pytest.raises(CorruptImage, match="10000 markers"):
         read_photo(progressive[:2] + b"\xff\xfe\x00\x02" * 10_000 + progressive[2:], LIMIT)
+
+
+def test_an_exif_in_ever_more_segments_is_refused_unread(parrots: Photo) -> None:
+    jpeg = image_bytes(parrots, "JPEG")
+    exif = b"\xff\xe1" + struct.pack(">H", 8) + b"Exif\0\0"
+    comment = b"\xff\xfe" + struct.pack(">H", 65_535) + bytes(65_533)
+    assert read_photo(jpeg[:2] + 5 * exif + 5 * comment + jpeg[2:], LIMIT).shape == parrots.shape
+    for segments in (17 * exif, 300 * comment, b"\xff" * 70_000):
+        with pytest.raises(CorruptImage, match="16 MiB of metadata and 16 Exif segments"):
+            read_photo(jpeg[:2] + segments + jpeg[2:], LIMIT)
+
+
+def test_a_png_of_ever_more_chunks_is_refused_unread(parrots: Photo) -> None:
+    png = image_bytes(parrots, "PNG")
+    for name in (b"abCd", b"IDAT"):
+        chunk = struct.pack(">I", 0) + name + struct.pack(">I", zlib.crc32(name))
+        assert read_photo(png[:33] + 1000 * chunk + png[33:], LIMIT).shape == parrots.shape
+        with pytest.raises(CorruptImage, match="10000 chunks"):
+            read_photo(png[:33] + 20_000 * chunk + png[33:], LIMIT)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("big", [False, True])
+def test_a_tiff_of_ever_more_strips_is_refused_unread(order: str, big: bool) -> None:
+    def tiff(strips: int, more: int = 0) -> bytes:
+        """64x64 pixels, the first of many offsets of a byte each being the one that counts."""
+        at = 16 if big else 8
+        offsets = bytes([at]) * strips + bytes(4096)
+        tags = {256: 64, 257: 64, 258: 8, 259: 1, 262: 1, 273: at, 277: 1, 278: 64, 279: 4096}
+        number, entry = ("Q", "HHQQ") if big else ("H", "HHII")
+        rows = b"".join(
+            struct.pack(f"{order}{entry}", tag, 1 if tag == 273 else 4, strips if tag == 273 else 1,
+                        value << (0 if tag == 273 or order == "<" else (32 if big else 0)))
+            for tag, value in tags.items()
+        ) + more * struct.pack(f"{order}{entry}", 60_000, 4, 1, 0)  # fmt: skip
+        mark = b"II" if order == "<" else b"MM"
+        head = (
+            struct.pack(f"{order}HHHQ", 43, 8, 0, at + len(offsets))
+            if big
+            else struct.pack(f"{order}HI", 42, at + len(offsets))
+        )
+        return mark + head + offsets + struct.pack(f"{order}{number}", len(tags) + more) + rows + bytes(8)
+
+    if not (big and order == ">"):  # which Pillow does not know
+        assert read_photo(tiff(64), LIMIT).shape == (64, 64, 3)
+    with pytest.raises(CorruptImage, match="at most 131072 strips or tiles, got 200000"):
+        read_photo(tiff(200_000), LIMIT)
+    with pytest.raises(CorruptImage, match="at most 4096 entries, got 5009"):
+        read_photo(tiff(64, 5000), LIMIT)
+
+
+def test_a_run_length_bmp_of_ever_more_runs_is_refused_unread() -> None:
+    def bmp(runs: bytes) -> bytes:
+        header = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 8, 1, len(runs), 0, 0, 256, 0)
+        palette = b"".join(struct.pack("<BBBB", grey, grey, grey, 0) for grey in range(256))
+        offset = 14 + len(header) + len(palette)
+        return struct.pack("<2sIHHI", b"BM", offset + len(runs), 0, 0, offset) + header + palette + runs
+
+    rows = b"\x08\x80\0\0" * 8 + b"\0\1"
+    assert (read_photo(bmp(rows), LIMIT) == 128).all()
+    with pytest.raises(CorruptImage, match="run-length encoded BMP"):
+        read_photo(bmp(b"\0\2\0\0" * 50_000 + rows), LIMIT)
+
+
+def test_a_webp_is_refused_by_the_canvas_it_announces() -> None:
+    side = (16_000 - 1).to_bytes(3, "little")
+    webp = struct.pack("<4sI4s4sI", b"RIFF", 30, b"WEBP", b"VP8X", 10) + bytes(4) + side + side
+    with pytest.raises(TooManyPixels, match="16000x16000"):
+        read_photo(webp, LIMIT)
+
+
+def test_an_upload_writes_no_warnings() -> None:
+    tags = b"".join(struct.pack("<HHII", 60_000 + index, 2, 2**31, 8) for index in range(50))
+    entries = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: 64}
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items()) + tags
+    tiff = struct.pack("<2sHI", b"II", 42, 72) + bytes(64) + struct.pack("<H", len(entries) + 50) + rows + bytes(4)
+    script = (
+        "import sys; from service.imaging import read_photo; print(read_photo(sys.stdin.buffer.read(), 10**6).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], input=tiff, capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"(8, 8, 3)\n", b"")
+
+
+def test_a_transparent_level_of_sixteen_bits_is_white() -> None:
+    def png(colour_type: int, key: tuple[int, ...], pixels: bytes) -> bytes:
+        def chunk(name: bytes, data: bytes) -> bytes:
+            return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, colour_type, 0, 0, 0))
+        transparent = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+        return (
+            b"\x89PNG\r\n\x1a\n"
+            + header
+            + transparent
+            + chunk(b"IDAT", zlib.compress(b"\0" + pixels))
+            + chunk(b"IEND", b"")
+        )
+
+    grey = read_photo(png(0, (30_000,), struct.pack(">2H", 30_000, 25_700)), LIMIT)
+    assert grey[0, :, 0].tolist() == [255, 100]
+    colour = read_photo(png(2, (0x1234, 0x3456, 0x5678), struct.pack(">6H", 0x1234, 0x3456, 0x5678, 0, 0, 0)), LIMIT)
+    assert colour[0].tolist() == [[255, 255, 255], [0, 0, 0]]
+
+
+def test_a_tiff_whose_zero_is_white_is_no_negative() -> None:
+    entries = {256: 2, 257: 1, 258: 16, 259: 1, 262: 0, 273: 8, 277: 1, 278: 1, 279: 4}
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    tiff = struct.pack("<2sHI2H", b"II", 42, 12, 0, 65_535) + struct.pack("<H", len(entries)) + rows + bytes(4)
+    assert read_photo(tiff, LIMIT)[0, :, 0].tolist() == [255, 0]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -23,8 +23,7 @@ HEADERS = {
 
 class _PageFiles(StaticFiles):
     async def get_response(self, path: str, scope: Scope) -> Response:
-        headers = [(name, value) for name, value in scope["headers"] if name != b"range" or value.startswith(b"bytes=")]
-        response = await super().get_response(path, {**scope, "headers": headers})  # other units are ignored (RFC 9110)
+        response = await super().get_response(path, scope)
         response.headers.update(HEADERS)
         return response
 

@@ -206,6 +206,40 @@ def test_a_chunked_body_counts_as_it_comes(own: TestClient, bikes: Photo) -> Non
     assert service.body_bytes == 0
 
 
+def test_image_work_that_outlives_its_request_keeps_its_place(
+    own: TestClient, monkeypatch: pytest.MonkeyPatch, bikes: Photo
+) -> None:
+    service, begun, go = state(own), Queue[int](), Event()
+
+    def stuck(data: bytes, _: int) -> Photo:
+        begun.put(len(data))
+        go.wait(60)
+        return bikes
+
+    monkeypatch.setattr("service.routes.compress.read_photo", stuck)
+    assert service.ready
+    threads = service.ready.image_threads._max_workers
+    patience = {"Limpid-Timeout": "0.5"}
+    data = image_bytes(bikes)
+    with ThreadPoolExecutor(threads + 1) as pool:  # one more than can be worked on: that one holds nothing afterwards
+        calls = [pool.submit(own.post, "/compress", content=data, headers=patience) for _ in range(threads + 1)]
+        assert [call.result().status_code for call in calls] == [504] * (threads + 1)
+    assert begun.qsize() == threads
+    assert (service.admitted, service.body_bytes) == (threads, threads * len(data))
+    go.set()
+    while service.admitted:
+        time.sleep(0.01)
+    assert service.body_bytes == 0
+    assert begun.qsize() == threads
+
+
+def test_every_failure_begins_its_series_at_zero(own: TestClient) -> None:
+    series = own.get("/metrics").text
+    for status in ("200", "499", "500", "503", "504"):
+        assert f'limpid_http_requests_total{{operation="compress",status="{status}"}} 0.0' in series
+    assert 'limpid_stage_duration_seconds_count{operation="decompress",stage="transform"} 0.0' in series
+
+
 def test_a_failed_device_is_not_ready_in_the_metrics_either(own: TestClient) -> None:
     assert "limpid_ready 1.0" in own.get("/metrics").text
     service = state(own)
