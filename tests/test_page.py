@@ -163,6 +163,29 @@ def test_an_error_is_shown_as_the_service_words_it(page: playwright.Page, bikes:
     playwright.expect(page.locator("#error")).to_be_hidden()
 
 
+def test_what_fails_leaves_no_facts_of_before(browser: playwright.Browser, base: str, bikes: Photo) -> None:
+    page = browser.new_page()
+    page.goto(base)
+    upload(page, "yes.png", image_bytes(bikes))
+    done(page)
+    said = (
+        (lambda route: route.abort(), "The service cannot be reached."),
+        (lambda route: route.fulfill(status=502, body='{"error": "upstream"}'), '{"error": "upstream"}'),
+    )
+    for answer, words in said:
+        page.route("**/compress*", answer)
+        page.focus("#rate")
+        page.keyboard.press("ArrowRight")
+        playwright.expect(page.locator("#error")).to_have_text(words)
+        for gone in ("#downloads", "#facts"):
+            playwright.expect(page.locator(gone)).to_be_hidden()
+        page.unroute("**/compress*")
+    page.route("**/samples/*", lambda route: route.abort())
+    page.click("button[data-sample=noise]")
+    playwright.expect(page.locator("#error")).to_have_text("The service cannot be reached.")
+    page.close()
+
+
 def test_a_bitstream_file_opens_directly(page: playwright.Page, bikes: Photo, base: str) -> None:
     data = httpx2.post(f"{base}/compress", content=image_bytes(bikes)).content
     upload(page, "from-elsewhere.lmp", data, "application/octet-stream")

@@ -1,6 +1,6 @@
 // The demo page: takes a photo or a bitstream from wherever it comes, sends it there and back, and shows what came.
 
-import { Refused, compress, decompress, expectedBits } from "./service.js";
+import { Refused, compress, decompress, expectedBits, sample } from "./service.js";
 import { Viewer } from "./viewer.js";
 import { worsen } from "./worse.js";
 
@@ -17,6 +17,7 @@ function complain(error) {
   if (error.name === "AbortError") return;
   $("error").textContent = error instanceof Refused ? error.message : `This browser cannot open it: ${error.message}`;
   $("error").hidden = false;
+  $("facts").hidden = $("downloads").hidden = true; // of what came before
   say("");
   if (error.status === 401) {
     $("key-field").hidden = false;
@@ -149,13 +150,8 @@ $("key").addEventListener("change", () => {
   foresee();
 });
 $("samples").addEventListener("click", event => {
-  const sample = event.target.closest("button")?.dataset.sample;
-  if (!sample) return;
-  run(async signal => {
-    const response = await fetch(`page/samples/${sample}.jpg`, { signal });
-    if (!response.ok) throw new Refused(response.status, `The sample cannot be had: status ${response.status}.`);
-    take(new File([await response.blob()], `${sample}.jpg`, { type: "image/jpeg" }));
-  });
+  const chosen = event.target.closest("button")?.dataset.sample;
+  if (chosen) run(async signal => take(await sample(chosen, signal)));
 });
 document.addEventListener("paste", event => take(event.clipboardData?.files[0]));
 document.addEventListener("dragover", event => { event.preventDefault(); document.body.classList.add("dragging"); });

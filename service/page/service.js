@@ -13,28 +13,32 @@ function pause(seconds, signal) {
   });
 }
 
-// Posts, and posts again where the service has no room or is not ready and says when.
-async function call(path, body, type, key, signal, attempt = 1) {
-  const headers = { "Content-Type": type };
-  if (key) headers.Authorization = `Bearer ${key}`;
-  let response;
+// What comes over the line, or the words for a line that broke.
+async function received(answer) {
   try {
-    response = await fetch(path, { method: "POST", body, headers, signal });
+    return await answer;
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refused(0, "The service cannot be reached.");
   }
+}
+
+// Posts, and posts again where the service has no room or is not ready and says when.
+async function call(path, body, type, key, signal, attempt = 1) {
+  const headers = { "Content-Type": type };
+  if (key) headers.Authorization = `Bearer ${key}`;
+  const response = await received(fetch(path, { method: "POST", body, headers, signal }));
   if (response.ok) return response;
   const wait = Number(response.headers.get("Retry-After"));
   if (wait && attempt < ATTEMPTS) {
     await pause(wait, signal);
     return call(path, body, type, key, signal, attempt + 1);
   }
-  const text = await response.text();
+  const text = await received(response.text());
   let detail = text;
   try {
     const problem = JSON.parse(text);
-    detail = `${problem.title}: ${problem.detail}`;
+    if (problem.title && problem.detail) detail = `${problem.title}: ${problem.detail}`;
   } catch { /* a proxy's page: shown as it is */ }
   throw new Refused(response.status, detail || `status ${response.status}`);
 }
@@ -60,12 +64,18 @@ function facts(response) {
 export async function compress(photo, rate, key, signal) {
   const response = await call(`compress?rate=${rate}`, photo, photo.type || "application/octet-stream", key, signal);
   const bpp = Number(response.headers.get("Limpid-Bpp"));
-  return { stream: await response.blob(), bpp, ...facts(response) };
+  return { stream: await received(response.blob()), bpp, ...facts(response) };
 }
 
 export async function decompress(stream, key, signal) {
   const response = await call("decompress", stream, "application/vnd.limpid", key, signal);
-  return { photo: await response.blob(), ...facts(response) };
+  return { photo: await received(response.blob()), ...facts(response) };
+}
+
+export async function sample(name, signal) {
+  const response = await received(fetch(`page/samples/${name}.jpg`, { signal }));
+  if (!response.ok) throw new Refused(response.status, `The sample cannot be had: status ${response.status}.`);
+  return new File([await received(response.blob())], `${name}.jpg`, { type: "image/jpeg" });
 }
 
 // Mean bits per pixel of each rate point on clean and on noisy photos, as measured; null where nothing is known.
