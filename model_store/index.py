@@ -6,6 +6,7 @@ The service opens stores with `service.store`, which checks digests and known an
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,11 @@ def write_index(store: Path, index: dict[str, Any]) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """A reader sees the old file or the new one."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_bytes(content)
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    with new.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     new.replace(path)
 
 

@@ -174,8 +174,8 @@ def _eight_bit_grey(image: Image.Image) -> Image.Image:
     A grey level that PNG calls transparent becomes white, and a TIFF whose zero is white is turned round.
     """
     scale = 255 if image.mode == "F" else 255 / 65535
-    tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
-    negative = tiff and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0 and image.mode != "F"
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    negative = tags.get(ExifTags.Base.PhotometricInterpretation) == 0 and image.mode != "F"
     key = image.info.get("transparency")
     values = np.asarray(image)
     grey = np.empty(values.shape, np.uint8)

@@ -118,14 +118,15 @@ class ModelStore:
             StoreError: the source lacks it or fails its checks, or this store has a model of that name, id or file.
         """
         entry = source.entry(name)
-        for known in self.index.models:
+        for known in self._held().models:
             if known.name == name or known.model_id == entry.model_id:
                 raise StoreError(f"{self.folder} has model {known.name} with id {known.model_id.hex()} already")
             if known.file == entry.file:
                 raise StoreError(f"{self.folder} keeps model {known.name} in {known.file}, the file name of {name}")
         source.load(entry, torch.device("cpu"))
         write_whole(self.folder / entry.file, (source.folder / entry.file).read_bytes())
-        self._write(self.index.model_copy(update={"models": [*self.index.models, entry]}))
+        held = self._held()
+        self._write(held.model_copy(update={"models": [*held.models, entry]}))
 
     def set_default(self, name: str) -> None:
         """Make a model the one that is used when a request names none.
@@ -133,7 +134,12 @@ class ModelStore:
         Raises:
             StoreError: the store has no model of that name.
         """
+        self.index = self._held()
         self._write(self.index.model_copy(update={"default": self.entry(name).name}))
+
+    def _held(self) -> StoreIndex:
+        """What the folder holds now: another may have written since this store was opened."""
+        return ModelStore(self.folder).index
 
     def _write(self, index: StoreIndex) -> None:
         write_whole(self.folder / STORE_FILE, index.model_dump_json(indent=2).encode() + b"\n")

@@ -44,14 +44,14 @@ def image_bytes(pixels: Photo | Image.Image, format: str = "PNG", **options: obj
     return buffer.getvalue()
 
 
-def other_store(folder: Path, name: str) -> ModelStore:
+def other_store(folder: Path, name: str, moved_by: float = 1.001) -> ModelStore:
     """A store that holds one model: the default of the shipped store with one weight of g_s moved a little."""
     shipped = ModelStore(DEFAULT_STORE)
     entry = shipped.entry(shipped.index.default)
     model = read_model(DEFAULT_STORE)
     tensors = model.tensors
     moved = next(key for key in tensors if key.startswith("g_s") and tensors[key].is_floating_point())
-    tensors[moved] = tensors[moved] * 1.001
+    tensors[moved] = tensors[moved] * moved_by
     data = save(tensors, {"limpid": model.description})
     changed = {"name": name, "file": f"{name}.safetensors", "sha256": hashlib.sha256(data).hexdigest()}
     folder.mkdir(exist_ok=True)

@@ -97,14 +97,16 @@ def test_models_that_share_an_id_or_a_file_are_refused(copy: Path) -> None:
 
 def test_a_model_is_added_and_made_the_default(copy: Path, tmp_path: Path) -> None:
     other = other_store(tmp_path / "other", "edge-next")
-    store = ModelStore(copy)
+    store, late = ModelStore(copy), ModelStore(copy)
     old = store.index.default
     store.add(other, "edge-next")
     assert ModelStore(copy).index.default == old
+    late.add(other_store(tmp_path / "third", "edge-third", 1.002), "edge-third")
+    assert [entry.name for entry in ModelStore(copy).index.models] == [old, "edge-next", "edge-third"]
     store.set_default("edge-next")
     again = ModelStore(copy)
     assert again.index.default == "edge-next"
-    assert [entry.name for entry in again.index.models] == [old, "edge-next"]
+    assert [entry.name for entry in again.index.models] == [old, "edge-next", "edge-third"]
     again.load(again.entry("edge-next"), CPU)
     with pytest.raises(StoreError, match="already"):
         again.add(other, "edge-next")

@@ -140,9 +140,7 @@ def _features(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    index = read_index(args.store)
-    name = args.name or index["default"]
-    (entry,) = [entry for entry in index["models"] if entry["name"] == name]
+    name = args.name or read_index(args.store)["default"]
     paths = [args.results / f"{kind}-{photos}.json" for photos in MEASURED for kind in ("peers", "cascade", name)]
     records = read_records(path for path in paths if path.exists())
     text = table(records) + "\n\n" + published_table(records)
@@ -150,6 +148,8 @@ def _report(args: argparse.Namespace) -> None:
     (args.results / f"{name}.md").write_text(text + "\n")
     for drawn in plot(records, args.results):
         print(drawn.name)
+    index = read_index(args.store)
+    (entry,) = [entry for entry in index["models"] if entry["name"] == name]
     entry["measured"] = [
         {"rate": rate, "degradation": condition, "photos": photos, "bpp": round(bpp, 4), "psnr": round(value, 3)}
         for (photos, condition, codec), curve in curves(records).items()
@@ -183,7 +183,8 @@ def main() -> None:
             sub.add_argument("--store", type=Path, default=STORE)
         if command != "report":
             sub.add_argument("--photos", type=Path, required=True, help="folder that holds the sets as subfolders")
-            sub.add_argument("--sets", nargs="+", default=list(MEASURED), choices=list(SETS))
+            if command in ("peers", "cascade", "model"):
+                sub.add_argument("--sets", nargs="+", default=list(MEASURED), choices=list(SETS))
             if command == "features":
                 sub.add_argument("--photo", type=Path, help="the photo of the maps")
             sub.add_argument("--limit", type=int, help="only the first photos of each set")

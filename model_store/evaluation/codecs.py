@@ -13,7 +13,7 @@ from PIL import Image
 
 from model_store.evaluation.conditions import Photo, Sample, as_photo, as_tensor
 from model_store.index import read_model
-from service.codec.bitstream import Bitstream
+from service.codec.bitstream import MODEL_ID_BYTES, Bitstream
 from service.codec.device import pick_device, transform_precision
 from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride
 
@@ -44,7 +44,7 @@ class LimpidCodec:
         height, width = photo.shape[:2]
         x = pad_to_stride(as_tensor(photo).to(self.device))
         size = latent_size(height, width)
-        model_id = bytes.fromhex(self.entry["sha256"])[:8]
+        model_id = bytes.fromhex(self.entry["sha256"])[:MODEL_ID_BYTES]
         for point in rates:
             rate = torch.tensor([point - 1], device=self.device)
             y, z_hat, found = self.codec.analyse(x, rate)
@@ -73,5 +73,5 @@ def denoised(photo: Photo, strength: float) -> Photo:
     """OpenCV's non-local means for colour photos, its windows as by default; strength is `h` for both."""
     import cv2
 
-    out = cv2.fastNlMeansDenoisingColored(np.ascontiguousarray(photo), None, strength, strength, 7, 21)
-    return np.asarray(out, np.uint8)
+    blue_first = np.ascontiguousarray(photo[..., ::-1])  # as OpenCV has it, which takes the lightness from it
+    return np.asarray(cv2.fastNlMeansDenoisingColored(blue_first, None, strength, strength, 7, 21)[..., ::-1], np.uint8)

@@ -102,7 +102,13 @@ def gains(curve: Curve, anchor: Curve) -> list[float]:
 
 
 def compared(curve: Curve, anchor: Curve) -> str:
-    """Gains at the bits of the other and BD-rate, where they can be told, and the differences at each rate point."""
+    """Gains at the bits of the other and BD-rate, where they can be told, and the differences at each rate point.
+
+    Raises:
+        ValueError: they are of different rate points.
+    """
+    if tuple(curve.setting) != tuple(anchor.setting):
+        raise ValueError(f"expected an exam at the rate points {curve.setting}, got {anchor.setting}")
     told = ""
     if len(curve.bpp) > 2:
         told = f"{' '.join(f'{gain:+.2f}' for gain in gains(curve, anchor))} dB at its bits; "
@@ -125,11 +131,11 @@ def main() -> None:
     model.load_state_dict(weights_to_start_from(args.weights, model.config))
     answers = sit(model, args.photos)
     anchors = json.loads(args.against.read_text()) if args.against else {}
+    if args.output:
+        args.output.write_text(json.dumps({name: asdict(curve) for name, curve in answers.items()}, indent=1) + "\n")
     for name, curve in answers.items():
         points = ", ".join(f"{q:.2f} dB at {b:.3f}" for b, q in zip(curve.bpp, curve.psnr))
         print(f"{name}: {compared(curve, Curve(**anchors[name])) if name in anchors else points}")
-    if args.output:
-        args.output.write_text(json.dumps({name: asdict(curve) for name, curve in answers.items()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

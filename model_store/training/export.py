@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model_store.index import INDEX, read_index, replace_file, write_index
 from model_store.training.frequencies import COUNTED_BATCHES, with_counted_tables
-from model_store.training.report import REPORT_FILE, read_report
+from model_store.training.report import REPORT_FILE, check_encoder, read_report
 from model_store.training.weights import config_of, keep_weights
 from service.codec.config import MODEL_NAME
 from service.codec.known_answer import known_answer
@@ -41,13 +41,15 @@ def export(
     of photographs, the frequencies of y are counted on them; without, they are Gaussian.
 
     Raises:
-        ValueError: the store already has another model of that name.
+        ValueError: the store already has another model of that name, or the head beside the checkpoint is another's.
     """
     check_new_name(store, name)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = TrainableCodec(config_of(state["size"], state["ema"]))
     model.load_state_dict(state["ema"])
     report = checkpoint.with_name(REPORT_FILE)
+    if report.exists():
+        check_encoder(report, state["ema"])
     tensors, description = ship(model, read_report(report, model.config) if report.exists() else None)
     if photos:
         tensors = with_counted_tables(tensors, description, photos)

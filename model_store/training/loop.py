@@ -57,8 +57,15 @@ def _told(sums: Tensor, pictures: bool) -> dict[str, float]:
     """A line of the log from a `Step`'s sums."""
     line = dict(zip(FIGURES, sums.tolist()))
     count, clean = line.pop("count"), line.pop("clean")
-    means = {name: value / ((clean or 1.0) if name.startswith("clean") else count) for name, value in line.items()}
+    means = {name: value / (clean if name.startswith("clean") else count) for name, value in line.items()
+             if clean or not name.startswith("clean")}  # fmt: skip
     return {name: value for name, value in means.items() if pictures or not name.endswith("psnr")}
+
+
+def _forget_after(step: int, log: Path) -> None:
+    """Take from a log what was written after the checkpoint of `step`, and a line that was cut: both come again."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
 
 def train(
@@ -161,6 +168,7 @@ def train(
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
 
+    _forget_after(step, run / "log.jsonl")
     log = (run / "log.jsonl").open("a")
     bar = tqdm(total=round(60 * schedule.minutes), initial=round(seconds), unit="s", dynamic_ncols=True, mininterval=1)
     last, saved = time.monotonic(), time.monotonic()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from model_store.training.held_out import is_held_out
@@ -38,8 +38,9 @@ def check_crop(side: int) -> None:
 
 
 def load_photo(path: Path) -> Tensor | None:
-    """(3, H, W) uint8, sRGB; None for one that the evaluation measures on."""
-    with Image.open(path) as image:
+    """(3, H, W) uint8, sRGB, upright; None for one that the evaluation measures on."""
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
         if is_held_out(image):
             return None
         return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).contiguous()

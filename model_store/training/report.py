@@ -7,13 +7,15 @@ The result lies beside the checkpoint, where `model_store.training.export` takes
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,6 +32,8 @@ from service.codec.report import KINDS, ReportHead
 from service.codec.transforms import Analysis
 
 REPORT_FILE = "report.safetensors"
+
+_ENCODER = "encoder"
 
 REPORTED_AS = {
     Kind.NOISE: DegradationKind.NOISE,
@@ -53,6 +57,22 @@ def read_report(path: Path, config: CodecConfig) -> ReportHead:
     head = ReportHead(config)
     head.load_state_dict(load_file(path))
     return head
+
+
+def check_encoder(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raises:
+    ValueError: the head in `path` learned from another encoder than that of `weights`.
+    """
+    with safe_open(path, framework="pt") as opened:
+        told = (opened.metadata() or {}).get(_ENCODER)
+    if told != encoder_of(weights):
+        raise ValueError(f"expected a head of this encoder in {path}; train it on (model_store.training.report)")
+
+
+def encoder_of(weights: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of the encoder's weights."""
+    encoder = {name: value for name, value in weights.items() if name.startswith("g_a.")}
+    return hashlib.sha256(save(encoder)).hexdigest()
 
 
 def targets(harm: list[dict[Kind, float]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +131,8 @@ def train_report(
         bar.update(round(seconds) - bar.n)
         bar.set_description(f"step {step}  loss {mean:.4f}", refresh=False)
     bar.close()
-    save_file({name: value.cpu().contiguous() for name, value in head.state_dict().items()}, path)
+    learned = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
+    save_file(learned, path, {_ENCODER: encoder_of(weights)})
     return path
 
 

@@ -83,6 +83,12 @@ def test_a_report_trained_beside_a_checkpoint_ships_with_it(
     train_report(checkpoint, photos, minutes=0.02, batch=2, crop=64)
     store = tmp_path / "store"
     store.mkdir()
+    state = torch.load(checkpoint, weights_only=True)
+    name = next(name for name in state["ema"] if name.startswith("g_a."))
+    other = tmp_path / "run" / "other.pt"
+    torch.save({**state, "ema": {**state["ema"], name: state["ema"][name] + 1}}, other)
+    with pytest.raises(ValueError, match="head of this encoder"):
+        export(other, "tiny-0", store)
     export(checkpoint, "tiny-1", store)
     (stream,) = Engine(ModelStore(store), "cpu").encode([EncodeJob(bikes, 4)])
     assert stream.degradations

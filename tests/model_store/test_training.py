@@ -65,12 +65,18 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(
         run(photos, tmp_path / "b", 16, monkeypatch, crash_at=3)
     killed = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)
     assert killed["step"] == 3
+    with (tmp_path / "b" / "log.jsonl").open("a") as log:  # it went on after its last checkpoint
+        log.write('{"step": 4, "loss": 7.0}\n{"step": 6, "lo')
     resumed = torch.load(run(photos, tmp_path / "b", 16, monkeypatch), weights_only=True)
     assert resumed["step"] == straight["step"]
     for name, value in straight["ema"].items():
         assert torch.allclose(value, resumed["ema"][name], atol=1e-6), name
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert {"step", "seconds", "lr", "loss", "bpp", "psnr"} <= lines[0].keys()
+    again = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in again] == [line["step"] for line in lines]
+    assert again[1]["loss"] != 7
+    assert all(("clean_psnr" in line) is ("clean_bpp" in line) and line.get("clean_psnr") != 0 for line in lines)
 
 
 def test_a_finished_run_and_a_mean_of_runs_train_no_further(
@@ -267,6 +273,14 @@ def test_photos_that_models_are_measured_on_are_not_learned_from(
     known = held_out.fingerprint(Image.fromarray(bikes))[None]
     monkeypatch.setattr(held_out, "_known", lambda: known)
     Image.fromarray(bikes[:, ::-1]).resize((150, 125)).save(photos / "mirrored.jpg", quality=60)
+    assert len(PhotoPool(photos, 64, CPU).photos) == 2
+    for way in Image.Transpose:
+        assert held_out.is_held_out(Image.fromarray(bikes).transpose(way)), way
+    (photos / "mirrored.jpg").unlink()
+    exif = Image.Exif()
+    exif[0x112] = 6
+    turned = Image.fromarray(bikes).transpose(Image.Transpose.ROTATE_90)
+    turned.save(photos / "turned.jpg", exif=exif)
     assert len(PhotoPool(photos, 64, CPU).photos) == 2
 
 
