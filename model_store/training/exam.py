@@ -1,7 +1,8 @@
 """`python -m model_store.training.exam`: weights of a run on the photos of the evaluation, in minutes instead of hours.
 
-Rates are estimated and photos are cut to their centres, so the figures serve to compare weights with each other; what a
-model is worth is told by `model_store.evaluation`, after its export.
+Rates are estimated and most photos are cut to their centres, so the figures serve to compare weights with each other;
+what a model is worth is told by `model_store.evaluation`, after its export. Haze and low light are judged by the whole
+photo, whose brightness a centre does not tell: there the order of two models was the other way round.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ CROP = (384, 512)
 
 @dataclass(frozen=True)
 class Question:
-    """A condition of a set, every `every`-th photo of it, at some rate points."""
+    """A condition of a set, every `every`-th photo of it, its centre or all of it, at some rate points."""
 
     set: str
     condition: str
     every: int
     rates: tuple[int, ...]
+    whole: bool = False
 
 
 _TWO = (5, 7)
@@ -54,24 +56,26 @@ QUESTIONS = (
     Question("kodak", "sensor-3", 3, EVEN_RATES),
     Question("kodak", "rain", 1, EVEN_RATES),
     Question("kodak", "snow", 3, EVEN_RATES),
-    Question("kodak", "haze", 1, EVEN_RATES),
-    Question("kodak", "low-light", 1, EVEN_RATES),
+    Question("kodak", "haze", 1, EVEN_RATES, whole=True),
+    Question("kodak", "low-light", 1, EVEN_RATES, whole=True),
     Question("rain", "pairs", 1, _TWO),
     Question("cc15", "pairs", 1, _TWO),
 )
 
 
-def _centre(photo: Photo) -> Photo:
-    height, width = (min(side, wanted) // STRIDE * STRIDE for side, wanted in zip(photo.shape, CROP))
+def _centre(photo: Photo, most: tuple[int, ...]) -> Photo:
+    """Of at most so many rows and columns, in multiples of the stride."""
+    height, width = (min(side, wanted) // STRIDE * STRIDE for side, wanted in zip(photo.shape, most))
     top, left = (photo.shape[0] - height) // 2, (photo.shape[1] - width) // 2
     return photo[top : top + height, left : left + width]
 
 
 def photos_of(root: Path, question: Question) -> Iterator[tuple[Photo, Photo]]:
-    """Centres of degraded and clean photos."""
+    """Degraded and clean photos, or their centres."""
     for index, path in list(enumerate(clean_paths(root, question.set)))[:: question.every]:
         clean = read_rgb(path)
-        yield _centre(uploaded(path, clean, index, question.condition)), _centre(clean)
+        most = clean.shape[:2] if question.whole else CROP
+        yield _centre(uploaded(path, clean, index, question.condition), most), _centre(clean, most)
 
 
 @torch.inference_mode()

@@ -57,6 +57,8 @@ def test_photos_are_cut_to_their_centre(
     for degraded, clean in seen:
         assert (clean == whole[16:48, 5:85]).all()
         assert (degraded == clean).all() == (condition == "clean")
+    ((_, seen_whole), *_) = exam.photos_of(sets, exam.Question("kodak", condition, every, (4,), whole=True))
+    assert (seen_whole == whole[:, 5:85]).all()
 
 
 def test_a_curve_of_twice_the_bits_is_a_hundred_percent_worse() -> None:
