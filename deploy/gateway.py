@@ -123,11 +123,6 @@ def state_of(path: Path) -> State:
     return state.st_size, state.st_mtime_ns
 
 
-def came_before(frame: os.stat_result, result: os.stat_result) -> bool:
-    """Whether the frame is the one that the result was made of; ctime tells, whatever mtime a newer one was given."""
-    return frame.st_mtime_ns < result.st_mtime_ns and frame.st_ctime_ns <= result.st_ctime_ns
-
-
 class Gateway:
     """Sends what lies in `frames` and has no result in `out` yet, oldest name first, `at_once` frames at a time."""
 
@@ -162,7 +157,7 @@ class Gateway:
         while True:
             for path, state in self.waiting():
                 await self._room.acquire()
-                self._under_way[path.name] = asyncio.create_task(self._send(path, state, self._name_of(path)[0]))
+                self._under_way[path.name] = asyncio.create_task(self._send(path, state))
             await asyncio.sleep(poll)
 
     def waiting(self) -> list[tuple[Path, State]]:
@@ -174,9 +169,9 @@ class Gateway:
             if path.suffix.lower() not in PHOTO_ENDINGS or path.name.startswith(".") or path.name in self._under_way:
                 continue
             try:
-                if self._name_of(path)[1]:
-                    continue
                 state = state_of(path)
+                if self._name_of(path, state)[1]:
+                    continue
             except FileNotFoundError:  # somebody took it away
                 continue
             before, since = self._seen.get(path.name, (None, now))
@@ -187,10 +182,14 @@ class Gateway:
         return found
 
     def _delete_leftovers(self) -> None:
-        """Delete the frames whose results a stop let be written, but that it left behind."""
+        """Delete the frames whose results a stop let be written, but that it left behind.
+
+        A frame that came after its result is another one; ctime tells, whatever mtime it was given.
+        """
         for path in self.frames.iterdir():
             try:
-                if self._name_of(path)[1]:
+                name, done = self._name_of(path, state_of(path))
+                if done and path.stat().st_ctime_ns <= max(one.stat().st_ctime_ns for one in self._results(name)):
                     path.unlink()
             except OSError as error:
                 log.error("%s: %s", path.name, error)
@@ -199,21 +198,20 @@ class Gateway:
         """What there is of a frame that is done: its bitstream, or the frame itself, refused."""
         return [path for path in (self.out / f"{name}.lmp", self.refused / name) if path.exists()]
 
-    def _name_of(self, path: Path) -> tuple[str, bool]:
-        """The name that the results of a frame have, its own unless an earlier frame took it, and if they are there.
+    def _name_of(self, path: Path, state: State) -> tuple[str, bool]:
+        """The name that the results of a frame have, and if they are there: they have its own time.
 
-        Raises:
-            FileNotFoundError: the frame is gone.
+        It is the frame's unless an earlier frame took it.
         """
-        frame, results = path.stat(), self._results(path.name)
-        if not results or any(came_before(frame, result.stat()) for result in results):
+        modified, results = state[1], self._results(path.name)
+        if not results or any(state_of(result)[1] == modified for result in results):
             return path.name, bool(results)
-        later = f"{path.stem}.{max(frame.st_mtime_ns, frame.st_ctime_ns)}{path.suffix}"
+        later = f"{path.stem}.{modified}{path.suffix}"
         return later, bool(self._results(later))
 
-    async def _send(self, path: Path, state: State, name: str) -> None:
+    async def _send(self, path: Path, state: State) -> None:
         try:
-            await self._work(path, state, name)
+            await self._work(path, state)
         except OSError as error:
             log.error("%s: %s", path.name, error)
             await asyncio.sleep(1)
@@ -221,13 +219,11 @@ class Gateway:
             del self._under_way[path.name]
             self._room.release()
 
-    async def _work(self, path: Path, state: State, name: str) -> None:
-        """Send a frame that was in `state` when it was complete; whatever changes meanwhile is sent again.
-
-        `name` is that of its results.
-        """
+    async def _work(self, path: Path, state: State) -> None:
+        """Send a frame that was in `state` when it was complete; whatever changes meanwhile is sent again."""
         if state_of(path) != state:
             return
+        name = self._name_of(path, state)[0]
         try:
             done = await self.limpid.compress(path, **self.goal)
         except LimpidError as error:
@@ -252,7 +248,7 @@ class Gateway:
         """
         if state_of(path) == state:
             for result, content in results.items():
-                write_whole(result, content)
+                write_whole(result, content, modified=state[1])
             if state_of(path) == state:
                 if self.delete:
                     path.unlink()

@@ -7,6 +7,7 @@ import mimetypes
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,11 @@ PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".b
 """Of the files in a folder that are taken for photos."""
 
 
-def write_whole(path: Path, data: bytes, *, overwrite: bool = True) -> None:
+def write_whole(path: Path, data: bytes, *, overwrite: bool = True, modified: int | None = None) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part, whatever happens meanwhile.
+
+    Args:
+        modified: the time that it shall have been modified at, in nanoseconds; else now.
 
     Raises:
         FileExistsError: it exists and may not be overwritten.
@@ -29,6 +33,8 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = True) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if modified is not None:
+            os.utime(new, ns=(modified, modified))
         if not overwrite:
             _claim(path, new)
         new.replace(path)
@@ -38,8 +44,8 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = True) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Let the names in a folder survive a power cut; the file's own bytes are told to the disk before."""
-    if hasattr(os, "O_DIRECTORY"):
+    """Let the names in a folder survive a power cut, where that can be had; the file's own bytes are on the disk."""
+    with suppress(OSError, AttributeError):  # a folder that may not be read, a system without such handles
         handle = os.open(folder, os.O_DIRECTORY)
         try:
             os.fsync(handle)

@@ -15,7 +15,7 @@ from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 from service.structure import canvas, check_structure
 
@@ -28,6 +28,20 @@ Image.MAX_IMAGE_PIXELS = None  # `read_photo` has its own limit and applies it b
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of tags, say: an upload shall not fill the log
 
 _SRGB = ImageCms.createProfile("sRGB")
+
+_MOST_EXIF = 2**20
+"""Bytes; cameras write up to some 100 kB."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image of each EXIF orientation upright."""
 
 
 class ImageError(ValueError):
@@ -96,8 +110,9 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
         try:
             _check_cost(image, max_pixels)
             image.load()
-            _turn_upright(image)
-            return _to_srgb(image)
+            turn = _turn_of(image)
+            photo = _to_srgb(image, deep=data[24:25] == b"\x10")
+            return photo if turn is None else np.asarray(Image.fromarray(photo).transpose(turn))
         except (ImageError, MemoryError):
             raise
         except Exception as error:
@@ -122,14 +137,20 @@ def _begins_like(data: bytes) -> str | None:
     return next((name for name, accept in accepts.items() if accept and accept(data[:16]) is True), None)
 
 
-def _turn_upright(image: Image.Image) -> None:
-    """As its EXIF says; it stays as it lies where the EXIF is broken, which every viewer forgives."""
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What brings it upright, as its EXIF says.
+
+    None where that is broken, which every viewer forgives, or so large that reading it costs more than the photo.
+    """
+    if len(image.info.get("exif", b"")) > _MOST_EXIF:
+        return None
     try:
-        ImageOps.exif_transpose(image, in_place=True)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     except MemoryError:
         raise
     except Exception:  # Pillow's parser raises whatever the damage leads to
-        return
+        return None
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
@@ -145,14 +166,17 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
         raise TooManyPixels(f"expected at most {max_pixels} pixels, got {width}x{height}, {padded} in blocks of 64x64")
 
 
-def _to_srgb(image: Image.Image) -> Photo:
+def _to_srgb(image: Image.Image, deep: bool) -> Photo:
+    """`deep`: a PNG of 16 bits, of whose colours Pillow has kept the upper eight."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit_grey(image)
     key = image.info.get("transparency")
-    if isinstance(key, tuple) and max(key) > 255:  # of 16 bits, of whose pixels Pillow has kept the upper eight
+    if isinstance(key, tuple) and deep and image.format == "PNG":
         image.info["transparency"] = tuple(value >> 8 for value in key)
-    if image.mode == "P" or key is not None:
+    if key is not None and image.mode in ("1", "L"):
+        image = image.convert("LA")
+    elif image.mode == "P" or key is not None:
         image = image.convert("RGB" if key is None else "RGBA")
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
         grey = image.mode in ("LA", "La")

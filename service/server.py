@@ -26,7 +26,7 @@ from service.state import Service
 log = logging.getLogger("limpid")
 
 KEEP_ALIVE = 75
-"""Seconds for which an idle connection stays: longer than proxies keep theirs, which else post into one that closes."""
+"""Seconds that an idle connection stays: nginx and AWS's balancers keep theirs for 60, and would post into its end."""
 
 
 class DrainingServer(uvicorn.Server):

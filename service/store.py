@@ -118,15 +118,21 @@ class ModelStore:
             StoreError: the source lacks it or fails its checks, or this store has a model of that name, id or file.
         """
         entry = source.entry(name)
-        for known in self._held().models:
-            if known.name == name or known.model_id == entry.model_id:
-                raise StoreError(f"{self.folder} has model {known.name} with id {known.model_id.hex()} already")
-            if known.file == entry.file:
-                raise StoreError(f"{self.folder} keeps model {known.name} in {known.file}, the file name of {name}")
+        self._refuse_known(entry)
         source.load(entry, torch.device("cpu"))
+        self._refuse_known(entry)
         write_whole(self.folder / entry.file, (source.folder / entry.file).read_bytes())
         held = self._held()
         self._write(held.model_copy(update={"models": [*held.models, entry]}))
+
+    def _refuse_known(self, entry: ModelEntry) -> None:
+        for known in self._held().models:
+            if known.name == entry.name or known.model_id == entry.model_id:
+                raise StoreError(f"{self.folder} has model {known.name} with id {known.model_id.hex()} already")
+            if known.file == entry.file:
+                raise StoreError(
+                    f"{self.folder} keeps model {known.name} in {known.file}, the file name of {entry.name}"
+                )
 
     def set_default(self, name: str) -> None:
         """Make a model the one that is used when a request names none.

@@ -15,20 +15,26 @@ MOST_SCANS = 100
 MOST_PARTS = 10_000
 """Markers of a JPEG, chunks of a PNG besides those of its pixels."""
 
-_MOST_FILL, _MOST_METADATA, _MOST_EXIF = 2**16, 2**24, 16
-"""Of a JPEG, before its first scan: bytes between segments, within them, and Exif segments, which Pillow joins."""
+_MOST_FILL, _MOST_EXIF, _MOST_PHOTOSHOP = 2**16, 4, 2**22
+"""Of a JPEG, before its first scan: bytes between segments, Exif segments, and bytes of Photoshop's resources."""
 
 _LEAST_IDAT = 1024
-"""Bytes per chunk of a PNG's pixels on average; encoders write 8 kB and more."""
+"""Bytes per chunk of a PNG's pixels on average; encoders write 4 kB and more."""
 
-_MOST_ENTRIES, _MOST_STRIPS = 4096, 2**17
-"""Entries of a TIFF's directory, and its strips or tiles."""
+_MOST_ENTRIES, _MOST_STRIPS, _MOST_NUMBERS = 4096, 2**17, 2**18
+"""Entries of a TIFF's directory, its strips or tiles, and the numbers of any entry."""
 
-_MOST_RLE = 2**22
-"""Pixels of a run-length encoded BMP, which Pillow decodes in Python."""
+_MOST_RLE = 2**23
+"""Bytes of a run-length encoded BMP, whose runs Pillow decodes in Python."""
 
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 """The markers that have parameters, and begin and end (ITU-T T.81, table B.1); the others libjpeg passes over."""
+
+_BARE = frozenset(b"\xc8\xd8\xd9" + bytes(range(0xF0, 0xFE)))
+"""Of those, which Pillow takes to have no parameters."""
+
+_PLAIN = frozenset({1, 2, 7})
+"""Types of TIFF values that are read as bytes."""
 
 _STRIP_TAGS = frozenset({273, 279, 324, 325})
 """Offsets and byte counts of strips and tiles (TIFF 6.0)."""
@@ -44,7 +50,7 @@ def check_structure(data: bytes) -> None:
         if data.startswith(signatures):
             try:
                 check(data)
-            except struct.error:  # cut short
+            except (struct.error, OverflowError):  # cut short, or pointing out of the file
                 return
 
 
@@ -57,39 +63,51 @@ def canvas(data: bytes) -> tuple[int, int] | None:
 
 def _jpeg(data: bytes) -> None:
     """The first image in the file; what follows it, such as a phone's video, does not count."""
-    scans, at, fill, metadata, exif = 0, 2, 0, 0, 0
+    scans, at, fill, exif, photoshop = 0, 2, 0, 0, 0
     for _ in range(MOST_PARTS):
         found = _JPEG_MARKER.search(data, at)
-        if not found or found[0] == b"\xff\xd9":
+        if not found or (scans and found[0] == b"\xff\xd9"):
             return
-        length = int.from_bytes(data[found.end() : found.end() + 2])
+        bare = not scans and found[0][1] in _BARE
+        length = 0 if bare else int.from_bytes(data[found.end() : found.end() + 2])
         scans += found[0] == b"\xff\xda"
         if not scans:
-            fill, metadata = fill + found.start() - at, metadata + length
+            fill += found.start() - at
             exif += data.startswith(b"Exif\0\0", found.end() + 2)
+            photoshop += length * data.startswith(b"Photoshop 3.0\0", found.end() + 2)
         if scans > MOST_SCANS:
             break
-        if fill > _MOST_FILL or metadata > _MOST_METADATA or exif > _MOST_EXIF:
-            raise ValueError(f"expected at most {_MOST_METADATA >> 20} MiB of metadata and {_MOST_EXIF} Exif segments")
+        if exif > _MOST_EXIF:
+            raise ValueError(f"expected a JPEG of at most {_MOST_EXIF} Exif segments")
+        if fill > _MOST_FILL or photoshop > _MOST_PHOTOSHOP:
+            raise ValueError(
+                f"expected at most {_MOST_FILL} bytes of fill and {_MOST_PHOTOSHOP} of Photoshop's in a JPEG"
+            )
         at = found.end() + length
-    raise ValueError(f"expected a JPEG of at most {MOST_SCANS} scans and {MOST_PARTS} markers")
+    else:
+        raise ValueError(f"expected a JPEG of at most {MOST_PARTS} markers")
+    raise ValueError(f"expected a JPEG of at most {MOST_SCANS} scans")
 
 
 def _png(data: bytes) -> None:
-    at, pixels, others = 8, 0, 0
+    """Up to the first frame of an animation that is not the image itself."""
+    at, pixels, profiles, others = 8, 0, 0, 0
     while at + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
-        if name == b"IEND":
+        if name == b"IEND" or (pixels and name == b"fcTL"):
             return
-        pixels, others = pixels + (name == b"IDAT"), others + (name != b"IDAT")
-        if others > MOST_PARTS or pixels > MOST_PARTS + len(data) // _LEAST_IDAT:
-            raise ValueError(f"expected a PNG of at most {MOST_PARTS} chunks besides those of its pixels")
+        pixels, profiles = pixels + (name == b"IDAT"), profiles + (name == b"iCCP")
+        others += name != b"IDAT"
+        if profiles > 1 or others > MOST_PARTS or pixels > MOST_PARTS + len(data) // _LEAST_IDAT:
+            raise ValueError(
+                f"expected a PNG of one profile and at most {MOST_PARTS} chunks besides those of its pixels"
+            )
         at += 12 + length
 
 
 def _tiff(data: bytes) -> None:
     order = "<" if data[:2] == b"II" else ">"
-    if big := b"\x2b" in data[2:4]:
+    if big := data[2] == 43:  # as Pillow tells it
         (first,) = struct.unpack_from(f"{order}Q", data, 8)
     else:
         (first,) = struct.unpack_from(f"{order}I", data, 4)
@@ -98,21 +116,19 @@ def _tiff(data: bytes) -> None:
         raise ValueError(f"expected a TIFF directory of at most {_MOST_ENTRIES} entries, got {count}")
     entries, size = first + (8 if big else 2), 20 if big else 12
     for index in range(count):
-        tag, _, values = struct.unpack_from(f"{order}HH{'Q' if big else 'I'}", data, entries + size * index)
+        tag, kind, values = struct.unpack_from(f"{order}HH{'Q' if big else 'I'}", data, entries + size * index)
         if tag in _STRIP_TAGS and values > _MOST_STRIPS:
             raise ValueError(f"expected a TIFF of at most {_MOST_STRIPS} strips or tiles, got {values}")
+        if kind not in _PLAIN and values > _MOST_NUMBERS:
+            raise ValueError(f"expected at most {_MOST_NUMBERS} numbers in an entry of a TIFF, got {values}")
 
 
 def _bmp(data: bytes) -> None:
     header, width, height = struct.unpack_from("<Iii", data, 14)
     (compression,) = struct.unpack_from("<I", data, 30)
-    if header < 40 or compression not in (1, 2):
-        return
-    most = 2 * (abs(width) + 2) * abs(height) + 2**16
-    if abs(width * height) > _MOST_RLE or len(data) > most:
-        raise ValueError(
-            f"expected a run-length encoded BMP of at most {_MOST_RLE} pixels, and no longer than they need"
-        )
+    most = min(_MOST_RLE, 2 * (abs(width) + 2) * abs(height) + 2**16)
+    if header >= 40 and compression in (1, 2) and len(data) > most:
+        raise ValueError(f"expected a run-length encoded BMP of at most {most} bytes, got {len(data)}")
 
 
 _CHECKS = (

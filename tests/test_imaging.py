@@ -133,12 +133,13 @@ def test_text_and_unsupported_formats_are_not_images(parrots: Photo) -> None:
             read_photo(data, LIMIT)
 
 
-def bomb(width: int, height: int) -> bytes:
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+
+def bomb(width: int, height: int) -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(10_000))) + png_chunk(b"IEND", b"")
 
 
 def test_a_bomb_is_refused_from_its_header() -> None:
@@ -180,27 +181,45 @@ def test_a_jpeg_of_ever_more_scans_is_refused_unread(parrots: Photo) -> None:
         read_photo(progressive[:2] + b"\xff\xfe\x00\x02" * 10_000 + progressive[2:], LIMIT)
 
 
-def test_an_exif_in_ever_more_segments_is_refused_unread(parrots: Photo) -> None:
+@pytest.mark.parametrize("end", [b"", b"\xff\xd9"])  # an end before the first scan, which Pillow passes over
+def test_a_jpeg_of_ever_more_segments_is_refused_unread(parrots: Photo, end: bytes) -> None:
     jpeg = image_bytes(parrots, "JPEG")
     exif = b"\xff\xe1" + struct.pack(">H", 8) + b"Exif\0\0"
+    photoshop = b"\xff\xed" + struct.pack(">H", 65_535) + b"Photoshop 3.0\0" + bytes(65_519)
     comment = b"\xff\xfe" + struct.pack(">H", 65_535) + bytes(65_533)
-    assert read_photo(jpeg[:2] + 5 * exif + 5 * comment + jpeg[2:], LIMIT).shape == parrots.shape
-    for segments in (17 * exif, 300 * comment, b"\xff" * 70_000):
-        with pytest.raises(CorruptImage, match="16 MiB of metadata and 16 Exif segments"):
-            read_photo(jpeg[:2] + segments + jpeg[2:], LIMIT)
+    assert read_photo(jpeg[:2] + 4 * exif + 5 * photoshop + 300 * comment + jpeg[2:], LIMIT).shape == parrots.shape
+    bombs = {
+        5 * exif: "4 Exif segments",
+        70 * photoshop: "4194304 of Photoshop",
+        b"\xff" * 70_000: "65536 bytes of fill",
+    }
+    for segments, said in bombs.items():
+        with pytest.raises(CorruptImage, match=said):
+            read_photo(jpeg[:2] + end + segments + jpeg[2:], LIMIT)
 
 
 def test_a_png_of_ever_more_chunks_is_refused_unread(parrots: Photo) -> None:
     png = image_bytes(parrots, "PNG")
     for name in (b"abCd", b"IDAT"):
-        chunk = struct.pack(">I", 0) + name + struct.pack(">I", zlib.crc32(name))
+        chunk = png_chunk(name, b"")
         assert read_photo(png[:33] + 1000 * chunk + png[33:], LIMIT).shape == parrots.shape
         with pytest.raises(CorruptImage, match="10000 chunks"):
             read_photo(png[:33] + 20_000 * chunk + png[33:], LIMIT)
+    profile = png_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(100)))
+    assert read_photo(png[:33] + profile + png[33:], LIMIT).shape == parrots.shape
+    with pytest.raises(CorruptImage, match="one profile"):
+        read_photo(png[:33] + 2 * profile + png[33:], LIMIT)
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("big", [False, True])
+def test_the_first_frame_of_a_long_animation_is_a_photo(parrots: Photo) -> None:
+    frames = [Image.fromarray(np.full((4, 4, 3), index % 251, np.uint8)) for index in range(5200)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    assert buffer.getvalue().count(b"fdAT") > 5000
+    assert (read_photo(buffer.getvalue(), LIMIT) == 0).all()
+
+
+@pytest.mark.parametrize(("order", "big"), [("<", False), ("<", True), (">", False)])  # Pillow knows no other
 def test_a_tiff_of_ever_more_strips_is_refused_unread(order: str, big: bool) -> None:
     def tiff(strips: int, more: int = 0) -> bytes:
         """64x64 pixels, the first of many offsets of a byte each being the one that counts."""
@@ -221,12 +240,53 @@ def test_a_tiff_of_ever_more_strips_is_refused_unread(order: str, big: bool) -> 
         )
         return mark + head + offsets + struct.pack(f"{order}{number}", len(tags) + more) + rows + bytes(8)
 
-    if not (big and order == ">"):  # which Pillow does not know
-        assert read_photo(tiff(64), LIMIT).shape == (64, 64, 3)
+    assert read_photo(tiff(64), LIMIT).shape == (64, 64, 3)
     with pytest.raises(CorruptImage, match="at most 131072 strips or tiles, got 200000"):
         read_photo(tiff(200_000), LIMIT)
     with pytest.raises(CorruptImage, match="at most 4096 entries, got 5009"):
         read_photo(tiff(64, 5000), LIMIT)
+
+
+def test_numbers_without_end_are_not_read(parrots: Photo) -> None:
+    """Each of a TIFF's tags, or of the EXIF of other formats, is decoded in Python."""
+    for head in (b"II\x2b\0", b"MM\0\x2b"):
+        with pytest.raises(CorruptImage):  # a directory beyond any file
+            read_photo(head + b"\x08\0\0\0" + b"\xff" * 8, LIMIT)
+    numbers = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 282, 5, 300_000, 26, 0) + bytes(2_400_000)
+    with pytest.raises(CorruptImage, match="at most 262144 numbers in an entry of a TIFF, got 300000"):
+        read_photo(numbers, LIMIT)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(parrots).save(buffer, "PNG", exif=exif)
+    assert read_photo(buffer.getvalue(), LIMIT).shape[:2] == parrots.shape[1::-1]
+    exif[0x10E] = "x" * 2**20
+    buffer = io.BytesIO()
+    Image.fromarray(parrots).save(buffer, "PNG", exif=exif)
+    assert read_photo(buffer.getvalue(), LIMIT).shape == parrots.shape
+
+
+def linear_grey_profile() -> bytes:
+    """A grey profile (ICC.1:2001-04) of a linear tone curve and the white of D50."""
+    white = struct.pack(">4s4x3i", b"XYZ ", 63_190, 65_536, 54_061)
+    tags = {b"wtpt": white, b"kTRC": struct.pack(">4s4xI", b"curv", 0)}
+    at, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table, body = table + struct.pack(">4sII", name, at + len(body), len(data)), body + data
+    head = struct.pack(">I4sI4s4s4s12x4s", at + len(body), b"none", 0x02100000, b"mntr", b"GRAY", b"XYZ ", b"acsp")
+    return head + bytes(28) + white[8:] + bytes(48) + table + body
+
+
+def test_a_grey_profile_counts_under_transparency_too() -> None:
+    grey = np.full((2, 2), 128, np.uint8)
+    with_alpha = np.stack([grey, np.full_like(grey, 255)], -1)
+    plain, keyed, layered = (
+        read_photo(image_bytes(pixels, "PNG", icc_profile=linear_grey_profile(), **options), LIMIT)
+        for pixels, options in ((grey, {}), (grey, {"transparency": 3}), (with_alpha, {}))
+    )
+    assert plain[0, 0, 0] > 180
+    assert np.array_equal(plain, keyed)
+    assert np.array_equal(plain, layered)
 
 
 def test_a_run_length_bmp_of_ever_more_runs_is_refused_unread() -> None:
@@ -263,23 +323,17 @@ def test_an_upload_writes_no_warnings() -> None:
 
 def test_a_transparent_level_of_sixteen_bits_is_white() -> None:
     def png(colour_type: int, key: tuple[int, ...], pixels: bytes) -> bytes:
-        def chunk(name: bytes, data: bytes) -> bytes:
-            return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, colour_type, 0, 0, 0))
-        transparent = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
-        return (
-            b"\x89PNG\r\n\x1a\n"
-            + header
-            + transparent
-            + chunk(b"IDAT", zlib.compress(b"\0" + pixels))
-            + chunk(b"IEND", b"")
-        )
+        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, colour_type, 0, 0, 0))
+        transparent = png_chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+        body = png_chunk(b"IDAT", zlib.compress(b"\0" + pixels)) + png_chunk(b"IEND", b"")
+        return b"\x89PNG\r\n\x1a\n" + header + transparent + body
 
     grey = read_photo(png(0, (30_000,), struct.pack(">2H", 30_000, 25_700)), LIMIT)
     assert grey[0, :, 0].tolist() == [255, 100]
     colour = read_photo(png(2, (0x1234, 0x3456, 0x5678), struct.pack(">6H", 0x1234, 0x3456, 0x5678, 0, 0, 0)), LIMIT)
     assert colour[0].tolist() == [[255, 255, 255], [0, 0, 0]]
+    dark = read_photo(png(2, (0x34, 0, 0), struct.pack(">6H", 0x34, 0, 0, 0x3434, 0, 0)), LIMIT)
+    assert dark[0].tolist() == [[255, 255, 255], [0x34, 0, 0]]
 
 
 def test_a_tiff_whose_zero_is_white_is_no_negative() -> None:

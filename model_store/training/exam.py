@@ -47,6 +47,10 @@ class Question:
     rates: tuple[int, ...]
     whole: bool = False
 
+    @property
+    def name(self) -> str:
+        return f"{self.set} {self.condition}{', whole' if self.whole else ''}"
+
 
 _TWO = (5, 7)
 
@@ -80,7 +84,7 @@ def photos_of(root: Path, question: Question) -> Iterator[tuple[Photo, Photo]]:
 
 @torch.inference_mode()
 def sit(model: TrainableCodec, root: Path) -> dict[str, Curve]:
-    """`SET CONDITION` to the means over its photos: estimated bits per pixel, and PSNR of 8-bit RGB in dB."""
+    """A question's name to the means over its photos: estimated bits per pixel, and PSNR of 8-bit RGB in dB."""
     device = next(model.parameters()).device
     halved = transform_precision(device) == "bfloat16"
     model.eval().to(memory_format=torch.channels_last)
@@ -96,7 +100,7 @@ def sit(model: TrainableCodec, root: Path) -> dict[str, Curve]:
                 seen.append((bits / (x.shape[2] * x.shape[3]), psnr(as_photo(out.x_hat[0].float().clamp(0, 1)), clean)))
         means = [np.mean(seen, axis=0).tolist() for seen in points.values()]
         bpp, quality = zip(*means)
-        answers[f"{question.set} {question.condition}"] = Curve(bpp, quality, question.rates)
+        answers[question.name] = Curve(bpp, quality, question.rates)
     return answers
 
 

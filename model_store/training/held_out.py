@@ -20,6 +20,9 @@ FILE = Path(__file__).with_suffix(".txt")
 
 _SIDE, _ALIKE = 16, 24  # of 256 bits; unrelated photographs differ in about 128
 
+_UPSIDE = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)
+"""Ways to turn a photograph that leave its rows rows."""
+
 Bits = NDArray[np.bool_]
 
 
@@ -42,10 +45,9 @@ def _known() -> Bits:
 
 def is_held_out(image: Image.Image) -> bool:
     """Whether a photograph looks like one of the evaluation's, turned or mirrored as it may be."""
-    side = _SIDE * (_SIDE + 1)  # whose cells can be had either way round
-    small = image.convert("L").resize((side, side), Image.Resampling.BOX)
-    turned = (small, *(small.transpose(way) for way in Image.Transpose))
-    return any(bool(((_known() != fingerprint(one)).sum(1) <= _ALIKE).any()) for one in turned)
+    upright, turned = _reduced(image), image.convert("L").resize((_SIDE, _SIDE + 1), Image.Resampling.BOX)
+    ways = (upright, *((upright if way in _UPSIDE else turned).transpose(way) for way in Image.Transpose))
+    return any(bool(((_known() != fingerprint(one)).sum(1) <= _ALIKE).any()) for one in ways)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model_store.degradations import Kind
+from model_store.index import replace_file
 from model_store.training.batches import Batches
 from model_store.training.compiled import compile_blocks, compile_prior
 from model_store.training.loss import LAMBDA_RANGE
@@ -65,7 +66,8 @@ def _told(sums: Tensor, pictures: bool) -> dict[str, float]:
 def _forget_after(step: int, log: Path) -> None:
     """Take from a log what was written after the checkpoint of `step`, and a line that was cut: both come again."""
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+    replace_file(log, kept.encode())
 
 
 def train(

@@ -149,20 +149,54 @@ def test_it_stops_at_once_while_frames_wait_for_a_service_that_is_silent(tmp_pat
 def test_a_frame_that_has_its_result_goes_if_the_last_stop_left_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    for name, frame_time, result_time in (("left", 10, 20), ("new", 30, 20)):
+    for name, frame_time, result_time in (("left", 20, 20), ("new", 30, 20), ("early", 10, 20)):
         (tmp_path / f"{name}.jpg").write_bytes(b"frame")
         (out / f"{name}.jpg.lmp").write_bytes(b"result")
         os.utime(tmp_path / f"{name}.jpg", (frame_time, frame_time))
         os.utime(out / f"{name}.jpg.lmp", (result_time, result_time))
 
-    async def waiting(delete: bool) -> list[Path]:
+    async def waiting(delete: bool) -> list[str]:
         async with AsyncClient("http://127.0.0.1:9") as limpid:
-            return Gateway(limpid, tmp_path, out, {}, 1, delete).waiting()
+            gateway = Gateway(limpid, tmp_path, out, {}, 1, delete)
+            gateway.waiting()
+            return [path.name for path, _ in gateway.waiting()]
 
-    asyncio.run(waiting(delete=False))
-    assert len(list(tmp_path.glob("*.jpg"))) == 2
-    asyncio.run(waiting(delete=True))
-    assert [path.name for path in tmp_path.glob("*.jpg")] == ["new.jpg"]
+    assert asyncio.run(waiting(delete=False)) == ["early.jpg", "new.jpg"]
+    os.chmod(tmp_path / "left.jpg", 0o600)
+    os.link(tmp_path / "left.jpg", tmp_path / "backup")
+    assert asyncio.run(waiting(delete=False)) == ["early.jpg", "new.jpg"]
+    (tmp_path / "left.jpg").unlink()
+    (tmp_path / "left.jpg").write_bytes(b"frame")
+    os.utime(tmp_path / "left.jpg", (20, 20))
+    os.utime(out / "left.jpg.lmp", (20, 20))
+    assert asyncio.run(waiting(delete=True)) == ["early.jpg", "new.jpg"]
+    assert sorted(path.name for path in tmp_path.glob("*.jpg")) == ["early.jpg", "new.jpg"]
+
+
+def test_a_frame_that_goes_while_it_waits_its_turn_stops_nothing(tmp_path: Path) -> None:
+    sent: list[bytes] = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(await request.aread())
+        if len(sent) == 1:
+            (tmp_path / "b.jpg").unlink()
+        return httpx.Response(
+            200, content=b"stream", headers={"limpid-rate": "4", "limpid-bpp": "1", "limpid-model": "m"}
+        )
+
+    async def work() -> None:
+        async with AsyncClient("x", transport=httpx.MockTransport(answer)) as limpid:
+            for name in "abc":
+                (tmp_path / f"{name}.jpg").write_bytes(name.encode())
+            stop = asyncio.Event()
+            work = asyncio.create_task(Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False).run(stop, 0.02))
+            await asyncio.sleep(2)
+            assert not work.done()
+            stop.set()
+            await work
+
+    asyncio.run(work())
+    assert sent == [b"a", b"c"]
 
 
 def test_a_frame_that_came_after_the_result_of_its_name_stays(tmp_path: Path) -> None:
@@ -301,8 +335,8 @@ def test_a_frame_that_is_rewritten_while_its_result_is_written_is_sent_too(
         sent.append(await request.aread())
         return httpx.Response(200, content=b"of " + sent[-1], headers=headers)
 
-    def slow(result: Path, data: bytes) -> None:
-        write_whole(result, data)
+    def slow(result: Path, data: bytes, modified: int) -> None:
+        write_whole(result, data, modified=modified)
         if len(sent) == 1:
             path.write_bytes(b"another")
 
