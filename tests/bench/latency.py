@@ -50,8 +50,11 @@ def _measure(call: Callable[[], httpx2.Response], repeats: int) -> tuple[httpx2.
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.latency", description=__doc__)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path, default=result_file("latency"))
+    parser.add_argument("--model", help="of the store; its default otherwise")
+    parser.add_argument("--json", type=Path, help="default: a file per precision, and per model that is named")
     args = parser.parse_args()
+    output = args.json or result_file(f"latency-{args.model}" if args.model else "latency")
+    chosen = {"model": args.model} if args.model else {}
     upload = image_bytes(noisy(np.tile(photo("parrots"), (2, 3, 1))))
     rows = []
     with served() as (base, process), httpx2.Client(base_url=base, timeout=120) as client:
@@ -59,7 +62,7 @@ def main() -> None:
         for rate in (1, 4, 8):
 
             def compress(rate: int = rate) -> httpx2.Response:
-                return client.post("/compress", params={"rate": rate}, content=upload)
+                return client.post("/compress", params={"rate": rate, **chosen}, content=upload)
 
             sent, median, worst = _measure(compress, args.repeats)
             stream = sent.content
@@ -78,14 +81,15 @@ def main() -> None:
     print(f"resident memory: {started / 2**20:.0f} MiB once ready, {resident / 2**20:.0f} MiB after the run")
     report = {
         "photo": "768x512",
+        "model": sent.headers["limpid-model"],
         "repeats": args.repeats,
         "machine": machine(),
         "resident_mib_ready": round(started / 2**20),
         "resident_mib_after": round(resident / 2**20),
         "rows": [asdict(row) for row in rows],
     }
-    args.json.parent.mkdir(exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=2) + "\n")
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
