@@ -147,6 +147,9 @@ class _Call:
             headers["Content-Length"] = str(len(self.body))
         return {"params": dict(self.params), "headers": headers, "timeout": self.left()}
 
+    def too_late(self) -> httpx.TimeoutException:
+        return httpx.TimeoutException(f"not done within {self.policy.deadline:g} seconds")
+
     def in_time(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """The chunks, for as long as there is time: httpx's own timeout is that of each piece.
 
@@ -155,7 +158,7 @@ class _Call:
         """
         for chunk in chunks:
             if self.clock() > self._ends:
-                raise httpx.TimeoutException(f"not done within {self.policy.deadline:g} seconds")
+                raise self.too_late()
             yield chunk
 
     def pause_after(self, outcome: httpx.Response | httpx.RequestError) -> float | None:
@@ -469,7 +472,7 @@ class AsyncClient:
             except httpx.RequestError as error:
                 outcome = error
             except TimeoutError:
-                outcome = httpx.TimeoutException(f"not done within {call.policy.deadline:g} seconds")
+                outcome = call.too_late()
             pause = call.pause_after(outcome)
             if pause is None:
                 return _finish(outcome)

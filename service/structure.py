@@ -76,7 +76,7 @@ def _jpeg(data: bytes) -> None:
             exif += data.startswith(b"Exif\0\0", found.end() + 2)
             photoshop += length * data.startswith(b"Photoshop 3.0\0", found.end() + 2)
         if scans > MOST_SCANS:
-            break
+            raise ValueError(f"expected a JPEG of at most {MOST_SCANS} scans")
         if exif > _MOST_EXIF:
             raise ValueError(f"expected a JPEG of at most {_MOST_EXIF} Exif segments")
         if fill > _MOST_FILL or photoshop > _MOST_PHOTOSHOP:
@@ -84,9 +84,7 @@ def _jpeg(data: bytes) -> None:
                 f"expected at most {_MOST_FILL} bytes of fill and {_MOST_PHOTOSHOP} of Photoshop's in a JPEG"
             )
         at = found.end() + length
-    else:
-        raise ValueError(f"expected a JPEG of at most {MOST_PARTS} markers")
-    raise ValueError(f"expected a JPEG of at most {MOST_SCANS} scans")
+    raise ValueError(f"expected a JPEG of at most {MOST_PARTS} markers")
 
 
 def _png(data: bytes) -> None:
