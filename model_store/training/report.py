@@ -1,7 +1,9 @@
 """`python -m model_store.training.report`: train the degradation report of a run's checkpoint.
 
-The encoder is frozen and runs as it will in the service; only the head learns, from the same batches as the codec.
-The result lies beside the checkpoint, where `model_store.training.export` takes it up.
+The encoder is frozen and runs as it will in the service; only the head learns, from the same batches as the codec. What
+the encoder sees is kept, since seeing takes forty times as long as learning from it: a head learns from it many
+times (experience replay, Lin 1992). The result lies beside the checkpoint, where `model_store.training.export` takes it
+up.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -49,6 +53,9 @@ REPORTED_AS = {
 REPORT_SHARES = {Kind.CLEAN: 0.2, **dict.fromkeys(REPORTED_AS, 0.085)}
 """How often each kind is drawn alone, more evenly than for the codec: what is rare would hardly ever be named."""
 
+_KEPT, _REPLAYS = 384, 16
+"""Batches that are kept (10 MB each for `base`), and how many of them are learned from for every new one."""
+
 _ABSENT, _PRESENT = 42.0, 38.0  # dB that a flaw alone leaves; between them either answer is right
 
 
@@ -86,12 +93,36 @@ def targets(harm: list[dict[Kind, float]]) -> tuple[Tensor, Tensor, Tensor]:
     return present.float(), ((40 - psnr) / 30).clamp(0, 1), counts.float()
 
 
-def _seen(g_a: Analysis, batch: Batch) -> list[Tensor]:
+@dataclass(frozen=True)
+class _Lesson:
+    """What the encoder sees of a batch, as float16 feature maps, and what is to be told of it, each (B, 7)."""
+
+    features: list[Tensor]
+    present: Tensor
+    strength: Tensor
+    counts: Tensor
+
+    def loss(self, head: ReportHead) -> Tensor:
+        odds, strength = head([head.summary(level, x) for level, x in enumerate(self.features)])
+        named = F.binary_cross_entropy_with_logits(odds, self.present, reduction="none")
+        return (named * self.counts).mean() + ((strength - self.strength).square() * self.present).mean()
+
+
+def _seen(g_a: Analysis, photos: Tensor, rate: Tensor) -> list[Tensor]:
     """The feature maps that the head watches."""
     seen: list[Tensor] = []
     with torch.no_grad():
-        g_a(batch.degraded.contiguous(memory_format=torch.channels_last), batch.rate, lambda _, x: seen.append(x))
+        g_a(photos.contiguous(memory_format=torch.channels_last), rate, lambda _, x: seen.append(x))
     return seen
+
+
+def _learn(head: ReportHead, optimizer: torch.optim.Optimizer, lesson: _Lesson) -> float:
+    """A step. Returns the loss before it."""
+    loss = lesson.loss(head)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return float(loss.detach())
 
 
 def train_report(
@@ -112,22 +143,22 @@ def train_report(
         head = read_report(path, model.config).to(device)
     else:
         head = ReportHead(model.config).to(device)
-        clean = Batch(first.clean, first.clean, first.rate, [], [])
-        head.deviation.copy_(torch.stack([x.std((0, 2, 3)) for x in _seen(g_a, clean)]).clamp_min(1e-4))
+        seen = _seen(g_a, first.clean, first.rate)
+        head.deviation.copy_(torch.stack([x.std((0, 2, 3)) for x in seen]).clamp_min(1e-4))
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.01)
     bar = tqdm(total=round(60 * minutes), unit="s", mininterval=5)
+    lessons: deque[_Lesson] = deque(maxlen=_KEPT)
     start, step, mean = time.monotonic(), 0, 0.0
     while (seconds := time.monotonic() - start) < 60 * minutes:
         optimizer.param_groups[0]["lr"] = 3e-3 * max(0.02, min((step + 1) / 50, 1 - seconds / (60 * minutes)))
         data = next(batches)
-        odds, strength = head([head.summary(level, x) for level, x in enumerate(_seen(g_a, data))])
-        present, wanted, counts = (one.to(device) for one in targets(data.harm))
-        loss = (F.binary_cross_entropy_with_logits(odds, present, reduction="none") * counts).mean()
-        loss = loss + ((strength - wanted).square() * present).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        step, mean = step + 1, float(loss.detach()) if not step else 0.98 * mean + 0.02 * float(loss.detach())
+        features = [x.half() for x in _seen(g_a, data.degraded, data.rate)]
+        lessons.append(_Lesson(features, *(one.to(device) for one in targets(data.harm))))
+        loss = _learn(head, optimizer, lessons[-1])
+        mean = 0.98 * mean + 0.02 * loss if step else loss
+        for index in torch.randint(len(lessons), (_REPLAYS,)).tolist():
+            _learn(head, optimizer, lessons[index])
+        step += 1
         bar.update(round(seconds) - bar.n)
         bar.set_description(f"step {step}  loss {mean:.4f}", refresh=False)
     bar.close()
