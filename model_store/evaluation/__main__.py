@@ -3,7 +3,7 @@
 peers    JPEG, WebP and AVIF on every photo and condition        -> results/peers-SET.json
 cascade  OpenCV's non-local means before them, on noisy photos   -> results/cascade-SET.json
 model    one model of the store, the same inputs                 -> results/NAME-SET.json
-report   table and plots from these; the model's means go into store.json for /variants
+report   table and plots from these; the means go into store.json -> results/NAME.md, NAME-SET.png
 naming   does the model's report name what the generator did?    -> results/NAME-naming.json
 generations   compress the result again, ten times, at rate 6    -> results/NAME-generations.json
 sheets   photos without ground truth, before and after           -> results/NAME-FOLDER.jpg
@@ -26,13 +26,15 @@ from tqdm import tqdm
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
 from model_store.evaluation.conditions import MEASURED, SETS, psnr, samples
 from model_store.evaluation.features import Watched, draw_embedding, draw_maps
-from model_store.evaluation.report import RESULTS, Record, curves, plot, published_table, read_records, table
+from model_store.evaluation.rate_distortion import Record, curves, read_records
+from model_store.evaluation.tables import plot, published_table, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
 from model_store.index import read_index, write_index
 from model_store.training.photos import photo_paths
 from service.codec.device import pick_device, transform_precision
 
 STORE = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
 
 STRENGTHS = (5, 8, 11, 14, 18, 23, 28, 34, 42, 52)
 """What the cascade's denoiser is tuned over, on every eighth photo of a set, for each condition."""
@@ -146,7 +148,7 @@ def _report(args: argparse.Namespace) -> None:
     text = table(records) + "\n\n" + published_table(records)
     print(text)
     (args.results / f"{name}.md").write_text(text + "\n")
-    for drawn in plot(records, args.results):
+    for drawn in plot(records, name, args.results):
         print(drawn.name)
     index = read_index(args.store)
     (entry,) = [entry for entry in index["models"] if entry["name"] == name]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model_store.evaluation.codecs import LimpidCodec
 from model_store.evaluation.conditions import degraded_photo, psnr, read_rgb
-from model_store.evaluation.report import Curve, bd_rate
+from model_store.evaluation.rate_distortion import Curve, bd_rate
 from model_store.training.export import export
 from model_store.training.loop import Schedule, train
 from service.codec import exact, prior

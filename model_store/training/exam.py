@@ -27,7 +27,7 @@ from model_store.evaluation.conditions import (
     read_rgb,
     uploaded,
 )
-from model_store.evaluation.report import Curve, bd_rate
+from model_store.evaluation.rate_distortion import Curve, bd_rate
 from model_store.training.weights import weights_to_start_from
 from service.codec.config import CONFIGS, STRIDE
 from service.codec.device import pick_device, transform_precision

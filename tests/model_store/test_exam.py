@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model_store.evaluation.report import Curve
+from model_store.evaluation.rate_distortion import Curve
 from model_store.training import exam
 from model_store.training.weights import weights_to_start_from
 from service.codec.config import EDGE

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from model_store.evaluation.report import Curve
+from model_store.evaluation.rate_distortion import Curve
 from model_store.training import held_out
 from model_store.training import step as one_step
 from model_store.training.ablations import _silence

@@ -1,0 +1,90 @@
+"""What one photo cost and lost (`Record`), means over photos (`Curve`), and curves against each other."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+
+@dataclass(frozen=True)
+class Record:
+    """One photo through one codec at one setting: bytes on disk and PSNR against the clean photo."""
+
+    set: str
+    photo: str
+    condition: str
+    codec: str
+    setting: int
+    bytes: int
+    bpp: float
+    psnr: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Means over the photos of a set, one point per setting, by growing bpp."""
+
+    bpp: tuple[float, ...]
+    psnr: tuple[float, ...]
+    setting: tuple[int, ...]
+
+    def psnr_at(self, bpp: float) -> float:
+        """PSNR at a rate, by PCHIP over log rate; beyond the ends of the curve too."""
+        return float(PchipInterpolator(np.log(self.bpp), self.psnr)(np.log(bpp)))
+
+    def psnr_within(self, bpp: float) -> float | None:
+        """The best PSNR that a budget of rate allows; None below the smallest rate.
+
+        Not the PSNR at that rate: of a noisy photo a codec that keeps the noise is worse the more it spends.
+        """
+        if bpp < self.bpp[0]:
+            return None
+        within = [psnr for rate, psnr in zip(self.bpp, self.psnr) if rate <= bpp]
+        if bpp < self.bpp[-1]:
+            within.append(self.psnr_at(bpp))
+        return max(within)
+
+
+def read_records(paths: Iterable[Path]) -> list[Record]:
+    """All records of some result files."""
+    return [Record(**record) for path in paths for record in json.loads(path.read_text())["records"]]
+
+
+def curves(records: Sequence[Record]) -> dict[tuple[str, str, str], Curve]:
+    """(set, condition, codec) to its curve. The codec `INPUT`, the upload itself (bytes 0), is left out."""
+    points: dict[tuple[str, str, str], dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record.bytes:
+            points[record.set, record.condition, record.codec][record.setting].append(record)
+    result = {}
+    for key, settings in points.items():
+        means = sorted(
+            (float(np.mean([r.bpp for r in group])), float(np.mean([r.psnr for r in group])), setting)
+            for setting, group in settings.items()
+        )
+        result[key] = Curve(*(tuple(column) for column in zip(*means)))
+    return result
+
+
+def input_psnr(records: Sequence[Record], name: str, condition: str) -> float:
+    """Mean PSNR of the degraded photos themselves."""
+    chosen = [r.psnr for r in records if r.set == name and r.condition == condition and not r.bytes]
+    return float(np.mean(chosen))
+
+
+def bd_rate(curve: Curve, anchor: Curve) -> float | None:
+    """Bjontegaard's mean difference of rate in percent over the shared range of PSNR, by PCHIP on log rate.
+
+    None where the curves share no quality, or are not monotone.
+    """
+    low, high = max(curve.psnr[0], anchor.psnr[0]), min(curve.psnr[-1], anchor.psnr[-1])
+    if low >= high or (np.diff(curve.psnr) <= 0).any() or (np.diff(anchor.psnr) <= 0).any():
+        return None
+    ours, theirs = (PchipInterpolator(c.psnr, np.log(c.bpp)).integrate(low, high) for c in (curve, anchor))
+    return float(100 * (np.exp((ours - theirs) / (high - low)) - 1))
