@@ -78,13 +78,27 @@ def input_psnr(records: Sequence[Record], name: str, condition: str) -> float:
     return float(np.mean(chosen))
 
 
-def bd_rate(curve: Curve, anchor: Curve) -> float | None:
-    """Bjontegaard's mean difference of rate in percent over the shared range of PSNR, by PCHIP on log rate.
+LEAST_OVERLAP_DB = 1.0
 
-    None where the curves share no quality, or are not monotone.
+
+def frontier(curve: Curve) -> Curve:
+    """The points that no cheaper one equals: of a noisy photo a codec may be worse the more it spends."""
+    best, kept = -np.inf, []
+    for point in zip(curve.bpp, curve.psnr, curve.setting):
+        if point[1] > best:
+            best = point[1]
+            kept.append(point)
+    return Curve(*(tuple(column) for column in zip(*kept)))
+
+
+def bd_rate(curve: Curve, anchor: Curve) -> float | None:
+    """Bjontegaard's mean difference of rate in percent at equal PSNR, by PCHIP on log rate, of both frontiers.
+
+    None where they share less than `LEAST_OVERLAP_DB`: over less it tells little.
     """
-    low, high = max(curve.psnr[0], anchor.psnr[0]), min(curve.psnr[-1], anchor.psnr[-1])
-    if low >= high or (np.diff(curve.psnr) <= 0).any() or (np.diff(anchor.psnr) <= 0).any():
+    ours, theirs = frontier(curve), frontier(anchor)
+    low, high = max(ours.psnr[0], theirs.psnr[0]), min(ours.psnr[-1], theirs.psnr[-1])
+    if high - low < LEAST_OVERLAP_DB:
         return None
-    ours, theirs = (PchipInterpolator(c.psnr, np.log(c.bpp)).integrate(low, high) for c in (curve, anchor))
-    return float(100 * (np.exp((ours - theirs) / (high - low)) - 1))
+    areas = [PchipInterpolator(c.psnr, np.log(c.bpp)).integrate(low, high) for c in (ours, theirs)]
+    return float(100 * (np.exp((areas[0] - areas[1]) / (high - low)) - 1))

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from model_store.evaluation.rate_distortion import Curve
 from model_store.training import held_out
 from model_store.training import step as one_step
 from model_store.training.ablations import _silence
@@ -282,12 +281,3 @@ def test_photos_that_models_are_measured_on_are_not_learned_from(
     turned = Image.fromarray(bikes).transpose(Image.Transpose.ROTATE_90)
     turned.save(photos / "turned.jpg", exif=exif)
     assert len(PhotoPool(photos, 64, CPU).photos) == 2
-
-
-def test_a_budget_is_not_spent_on_noise() -> None:
-    falling = Curve((0.1, 0.3, 0.9), (24.0, 23.0, 21.0), (1, 2, 3))
-    assert falling.psnr_within(0.5) == 24.0
-    rising = Curve((0.1, 0.3, 0.9), (24.0, 27.0, 31.0), (1, 2, 3))
-    assert 27.0 < float(rising.psnr_within(0.5) or 0) < 31.0
-    assert rising.psnr_within(2.0) == 31.0
-    assert rising.psnr_within(0.05) is None

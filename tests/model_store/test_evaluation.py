@@ -1,0 +1,167 @@
+"""`model_store.evaluation`: the arithmetic and the peers behind the published figures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model_store.evaluation import trials
+from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
+from model_store.evaluation.conditions import degraded_photo, psnr
+from model_store.evaluation.rate_distortion import Curve, Record, bd_rate, curves, frontier
+from model_store.evaluation.tables import plot, published_table, table
+from service.codec.bitstream import Degradation, DegradationKind
+from service.engine import Photo
+
+
+def records(codec: str, points: list[tuple[int, float, float]], condition: str = "noise-25") -> list[Record]:
+    """Two photos, 0.1 bits per pixel and 2 dB apart, whose means are the points."""
+    return [
+        Record("kodak", photo, condition, codec, setting, 100, bpp + side * 0.05, psnr + side)
+        for setting, bpp, psnr in points
+        for photo, side in (("a", -1), ("b", 1))
+    ]
+
+
+RISING = Curve((0.1, 0.3, 0.9), (24.0, 27.0, 31.0), (1, 2, 3))
+FALLING = Curve((0.1, 0.3, 0.9), (24.0, 23.0, 21.0), (1, 2, 3))
+
+
+def test_a_budget_is_not_spent_on_noise() -> None:
+    assert FALLING.psnr_within(0.5) == 24.0
+    assert 27.0 < float(RISING.psnr_within(0.5) or 0) < 31.0
+    assert RISING.psnr_within(2.0) == 31.0
+    assert RISING.psnr_within(0.05) is None
+
+
+def test_half_the_bits_at_equal_quality_is_minus_50_percent() -> None:
+    half = Curve(tuple(bpp / 2 for bpp in RISING.bpp), RISING.psnr, RISING.setting)
+    assert bd_rate(half, RISING) == pytest.approx(-50)
+    assert bd_rate(RISING, half) == pytest.approx(100)
+
+
+def test_what_costs_more_and_is_no_better_does_not_count() -> None:
+    peak = Curve((*RISING.bpp, 1.5), (*RISING.psnr, 30.0), (1, 2, 3, 4))
+    assert frontier(peak) == RISING
+    assert bd_rate(peak, RISING) == pytest.approx(0)
+    assert bd_rate(FALLING, RISING) is None
+
+
+def test_too_small_a_range_of_quality_tells_nothing() -> None:
+    above = Curve(RISING.bpp, tuple(value + 6.5 for value in RISING.psnr), RISING.setting)
+    assert bd_rate(above, RISING) is None
+
+
+def test_the_table_holds_means_over_photos() -> None:
+    measured = [
+        *records("INPUT", [(0, 0.0, 20.0)]),
+        *records("LIMPID", [(1, 0.1, 27.0), (2, 0.5, 29.0), (3, 0.9, 30.0)]),
+        *records("JPEG", [(10, 0.2, 25.0), (50, 0.8, 28.0)]),
+    ]
+    measured = [Record(**{**vars(r), "bytes": 0}) if r.codec == "INPUT" else r for r in measured]
+    assert curves(measured)["kodak", "noise-25", "LIMPID"].psnr == pytest.approx((27, 29, 30))
+    head, _, row = table(measured).splitlines()
+    cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | ")))
+    assert cells["input dB"] == "20.00"
+    assert cells["LIMPID dB within 0.5"] == "29.00"
+    assert 25 < float(cells["JPEG dB within 0.5"]) < 28
+    assert cells["BD-rate vs JPEG"].startswith("-")
+
+
+def test_the_published_curve_is_met_at_its_own_rates() -> None:
+    ours = records("LIMPID", [(1, 0.05, 26.04), (2, 0.099, 27.04), (3, 0.9, 33.0)], "sensor-1")
+    row = next(line for line in published_table(ours).splitlines() if line.startswith("| sensor-1 | 0.099 |"))
+    assert row == "| sensor-1 | 0.099 | 28.04 | 27.04 | -1.00 |"
+
+
+def test_every_line_of_a_figure_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    named: list[str] = []
+    monkeypatch.setattr(Figure, "legend", lambda self, lines, labels, **how: named.extend(labels))
+    measured = [
+        *records("LIMPID", [(1, 0.1, 27.0), (2, 0.5, 29.0)], "clean"),
+        *records("LIMPID", [(1, 0.1, 27.0), (2, 0.5, 29.0)]),
+        *records("NLM+AVIF", [(20, 0.1, 25.0), (40, 0.5, 26.0)]),
+        Record("kodak", "a", "noise-25", "INPUT", 0, 0, 0.0, 20.0),
+    ]
+    (path,) = plot(measured, "edge-0", tmp_path)
+    assert path == tmp_path / "edge-0-kodak.png"
+    assert sorted(named) == ["NLM+AVIF", "edge-0", "upload"]
+
+
+@pytest.mark.parametrize("colour", [(200, 40, 60), (30, 90, 220), (90, 180, 40)])
+def test_a_denoised_photo_keeps_its_colour(colour: tuple[int, int, int]) -> None:
+    flat = np.full((48, 64, 3), colour, np.uint8)
+    assert np.abs(denoised(flat, 10).mean((0, 1)) - colour).max() < 3
+
+
+def test_the_denoiser_sees_colours_as_they_are(parrots: Photo, tmp_path: Path) -> None:
+    """It weighs lightness and colour apart, so what OpenCV reads from a file itself has to come out the same."""
+    import cv2
+
+    noisy = degraded_photo(parrots[:128, :128], 0, "noise-25")
+    Image.fromarray(noisy).save(tmp_path / "a.png")
+    read = cv2.imread(str(tmp_path / "a.png"))
+    assert read is not None
+    wanted = cv2.fastNlMeansDenoisingColored(read, None, 14, 14, 7, 21)
+    assert (cv2.cvtColor(wanted, cv2.COLOR_BGR2RGB) == denoised(noisy, 14)).all()
+    assert psnr(denoised(noisy, 14), parrots[:128, :128]) > 28
+
+
+@pytest.mark.parametrize("format", PEERS)
+def test_a_peer_is_a_real_file_of_the_photo(parrots: Photo, format: str) -> None:
+    points = list(peer_points(format, parrots))
+    assert [quality for quality, _, _ in points] == list(PEERS[format])
+    sizes = [size for _, size, _ in points]
+    assert sizes == sorted(sizes)
+    assert all(decoded.shape == parrots.shape for _, _, decoded in points)
+    values = [psnr(decoded, parrots) for _, _, decoded in points]
+    assert values == sorted(values)
+    assert values[-1] > 33
+
+
+@pytest.mark.parametrize(
+    ("condition", "value"),
+    [
+        ("noise-25", 20.44),
+        ("sensor-2", 25.81),
+        ("rain", 19.46),
+        ("snow", 20.98),
+        ("haze", 10.65),
+        ("low-light", 10.93),
+    ],
+)
+def test_what_is_measured_on_stays_what_it_was(parrots: Photo, condition: str, value: float) -> None:
+    """Results of another day are compared with these: a changed draw would make them lies."""
+    assert psnr(degraded_photo(parrots, 3, condition), parrots) == pytest.approx(value, abs=0.02)
+
+
+def test_naming_counts_the_first_name_of_a_kind(tmp_path: Path, parrots: Photo) -> None:
+    (tmp_path / "kodak").mkdir()
+    Image.fromarray(parrots[:64, :64]).save(tmp_path / "kodak" / "a.png")
+    said = (Degradation(DegradationKind.NOISE, 0.5), Degradation(DegradationKind.RAIN, 0.2))
+    fake = SimpleNamespace(
+        device=torch.device("cpu"), codec=SimpleNamespace(analyse=lambda x, rate: (None, None, [said]))
+    )
+    summary = cast(dict[str, Any], trials.naming(cast(LimpidCodec, fake), tmp_path)["summary"])
+    assert summary["noise"] == summary["sensor-noise"] == 1
+    assert summary["rain"] == summary["clean"] == 0
+    assert summary["right"] == pytest.approx(2 / 9, abs=1e-4)
+    assert summary["right_and_nothing_else"] == 0
+
+
+def test_generations_lose_from_the_first_on(tmp_path: Path, parrots: Photo) -> None:
+    (tmp_path / "kodak").mkdir()
+    Image.fromarray(parrots[:32, :32] // 2).save(tmp_path / "kodak" / "a.png")
+    fake = SimpleNamespace(round_trip=lambda photo, rates: [(None, photo + np.uint8(1))])
+    found = trials.generations(cast(LimpidCodec, fake), tmp_path)
+    summary = cast(dict[str, Any], found["summary"])
+    assert summary["largest_loss_db"] == pytest.approx(20 * math.log10(trials.GENERATIONS), abs=0.002)
