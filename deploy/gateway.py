@@ -72,7 +72,7 @@ async def camera_frames(url: str, every: float) -> AsyncIterator[bytes]:
                         log.warning("the camera ended its stream")
                         await asyncio.sleep(1)
                     else:
-                        yield await answer.aread()
+                        yield await snapshot(answer.aiter_bytes())
                         await asyncio.sleep(every)
             except httpx.HTTPStatusError as error:  # whose text has the URL, keys and all
                 log.warning("camera: it answers %d", error.response.status_code)
@@ -80,6 +80,20 @@ async def camera_frames(url: str, every: float) -> AsyncIterator[bytes]:
             except httpx.HTTPError as error:
                 log.warning("camera: %s: %s", type(error).__name__, error)
                 await asyncio.sleep(1)
+
+
+async def snapshot(chunks: AsyncIterator[bytes]) -> bytes:
+    """A body that is one frame.
+
+    Raises:
+        httpx.RemoteProtocolError: it is larger than any frame; a video, say, that would never end.
+    """
+    frame = bytearray()
+    async for chunk in chunks:
+        frame += chunk
+        if len(frame) > LARGEST_FRAME:
+            raise httpx.RemoteProtocolError(f"expected a photo, got more than {LARGEST_FRAME} bytes in one answer")
+    return bytes(frame)
 
 
 def boundary(content_type: str) -> bytes:
@@ -123,6 +137,21 @@ def state_of(path: Path) -> State:
     return state.st_size, state.st_mtime_ns
 
 
+_NEARLY_TWO_SECONDS = 1_700_000_001_999_999_999
+_COARSEST = 10**7
+
+
+def coarseness(folder: Path) -> int:
+    """Nanoseconds that the file system cuts from a file's time: 99 on NTFS and SMB, 10 ms on exFAT, at most that."""
+    probe = folder / f".probe.{os.getpid()}"
+    probe.write_bytes(b"")
+    try:
+        os.utime(probe, ns=(_NEARLY_TWO_SECONDS, _NEARLY_TWO_SECONDS))
+        return min(_COARSEST, abs(state_of(probe)[1] - _NEARLY_TWO_SECONDS))
+    finally:
+        probe.unlink()
+
+
 class Gateway:
     """Sends what lies in `frames` and has no result in `out` yet, oldest name first, `at_once` frames at a time."""
 
@@ -133,6 +162,7 @@ class Gateway:
         self.refused = out / "refused"
         self.refused.mkdir(parents=True, exist_ok=True)
         frames.mkdir(parents=True, exist_ok=True)
+        self._coarseness = coarseness(out)
         self._room = asyncio.Semaphore(at_once)
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self.settle = settle
@@ -204,7 +234,7 @@ class Gateway:
         It is the frame's unless an earlier frame took it.
         """
         modified, results = state[1], self._results(path.name)
-        if not results or any(state_of(result)[1] == modified for result in results):
+        if not results or any(abs(state_of(result)[1] - modified) <= self._coarseness for result in results):
             return path.name, bool(results)
         later = f"{path.stem}.{modified}{path.suffix}"
         return later, bool(self._results(later))

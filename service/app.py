@@ -91,12 +91,21 @@ async def _bring_up(service: Service) -> None:
 
 
 async def reload_store(service: Service) -> None:
-    """Take up what changed in the store while requests go on. A store that cannot be used changes nothing."""
+    """Take up what changed in the store while requests go on. A store that cannot be used changes nothing.
+
+    Where the models could not be loaded at start-up, they are tried again.
+    """
+    metrics = service.metrics
+    if service.failure:
+        service.failure = None
+        await _bring_up(service)
+        metrics.store_reloads.labels("failed" if service.failure else "done").inc()
+        return
     if service.ready is None:
         log.info("the models are still loading; the store is read again after that")
         service.reload_asked = True
         return
-    engine, metrics = service.ready.engine, service.metrics
+    engine = service.ready.engine
     try:
         added = await asyncio.to_thread(lambda: engine.refresh(ModelStore(service.settings.store)))
     except Exception:

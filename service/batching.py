@@ -197,13 +197,18 @@ class Batcher(Generic[Item, Result]):
         """Buckets that wait for no more company; where there are none, pumps again when the first is."""
         limits, now = self._limits, self._clock()
         left = {
-            key: 0.0 if len(bucket) >= limits.batch_items else bucket[0].arrived + limits.batch_wait - now
+            key: 0.0 if self._is_full(bucket) else bucket[0].arrived + limits.batch_wait - now
             for key, bucket in self._buckets.items()
         }
         ready = [key for key, seconds in left.items() if seconds <= 0]
         if not ready and self._wake is None:
             self._wake = asyncio.get_running_loop().call_later(min(left.values()), self._woken)
         return ready
+
+    def _is_full(self, bucket: deque[_Entry[Item, Result]]) -> bool:
+        """Whether one more of its kind would not ride along."""
+        pixels = sum(entry.pixels for entry in bucket) + bucket[-1].pixels
+        return len(bucket) >= self._limits.batch_items or pixels > self._limits.batch_pixels
 
     def _woken(self) -> None:
         self._wake = None

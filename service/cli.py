@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from service.budget import MOST_BPP
 from service.client import Client, LimpidError
-from service.files import PHOTO_ENDINGS, Pair, overlooked, pair_up, sources, write_whole
+from service.files import PHOTO_ENDINGS, Pair, names_a_file, overlooked, pair_up, sources, write_whole
 from service.imaging import OutputFormat
 from service.settings import Settings, service_settings
 
@@ -135,7 +136,8 @@ def _compress(args: argparse.Namespace, settings: Settings) -> int:
 
 def _decompress(args: argparse.Namespace, settings: Settings) -> int:
     formats = {f".{output.name.lower()}": output for output in OutputFormat} | {".jpg": OutputFormat.JPEG}
-    named = Path(args.output).suffix.lower() if args.output and not Path(args.output).is_dir() else ""
+    alone = len(sources(args.inputs, takes=(".lmp",))) == 1 and not Path(args.inputs[0]).is_dir()
+    named = Path(args.output).suffix.lower() if args.output and alone and names_a_file(args.output) else ""
     chosen = f".{args.format}" if args.format else named or ".png"
     if chosen not in formats:
         raise ValueError(f"expected an output name that ends in one of {', '.join(formats)}, got {args.output}")
@@ -307,6 +309,9 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0; 1 where something failed, which was printed; 130 after an interrupt. Wrong usage exits: 2.
     """
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # the names of files may be any bytes
     try:
         status = int(args.run(args, Settings()))
         sys.stdout.flush()

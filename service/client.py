@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import wraps
@@ -25,6 +24,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
+from anyio.from_thread import start_blocking_portal
 
 Body = bytes | Path | Callable[[], Iterator[bytes]]
 """An upload: bytes, a file that is streamed from disk, or a function that gives chunks anew for each attempt."""
@@ -150,22 +150,11 @@ class _Call:
     def too_late(self) -> httpx.TimeoutException:
         return httpx.TimeoutException(f"not done within {self.policy.deadline:g} seconds")
 
-    def in_time(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """The chunks, for as long as there is time: httpx's own timeout is that of each piece.
-
-        Raises:
-            httpx.TimeoutException: the deadline passed.
-        """
-        for chunk in chunks:
-            if self.clock() > self._ends:
-                raise self.too_late()
-            yield chunk
-
     def pause_after(self, outcome: httpx.Response | httpx.RequestError) -> float | None:
         """Seconds to wait before the next attempt; None where there is none, and `outcome` is the end."""
         if isinstance(outcome, httpx.Response) and outcome.status_code not in RETRIED:
             return None
-        backoff = min(self.policy.backoff_max, self.policy.backoff * 2 ** (self.attempt - 1))
+        backoff = min(self.policy.backoff_max, self.policy.backoff * 2.0 ** min(self.attempt - 1, 64))
         pause = backoff * (0.5 + 0.5 * random.random())
         if isinstance(outcome, httpx.Response):
             pause = max(pause, retry_after(outcome.headers.get("retry-after")))
@@ -178,7 +167,7 @@ def retry_after(value: str | None) -> float:
     """Seconds of a `Retry-After` header, a number or a date (RFC 9110, section 10.2.3); 0 for anything else."""
     if value is None:
         return 0.0
-    if value.strip().isdigit():
+    if value.strip().isdecimal():
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
@@ -204,6 +193,12 @@ async def _async_chunks(body: Body) -> AsyncIterator[bytes]:
         yield chunk
 
 
+def _in_short(answer: httpx.Response) -> str:
+    """Of an answer without words, such as a redirect from http to https."""
+    place = answer.headers.get("location")
+    return f"status {answer.status_code}" + (f", to {place}" if place else "")
+
+
 def _finish(outcome: httpx.Response | httpx.RequestError) -> httpx.Response:
     """The response, if it is a good one.
 
@@ -218,7 +213,7 @@ def _finish(outcome: httpx.Response | httpx.RequestError) -> httpx.Response:
         problem = outcome.json()
         name, detail = str(problem["type"]), str(problem["detail"])
     except (ValueError, KeyError, TypeError):
-        name, detail = "", outcome.text[:200]
+        name, detail = "", outcome.text[:200].strip() or _in_short(outcome)
     # A proxy answers as it likes, with problems of its own too.
     kind = name.removeprefix(PROBLEM) if name.startswith(PROBLEM) else "unexpected-answer"
     status = outcome.status_code
@@ -319,7 +314,7 @@ def _headers(api_key: str | None) -> dict[str, str]:
 
 
 class Client:
-    """The service at `url`, for threads: one client may serve many.
+    """The service at `url`, for threads: one client may serve many. An `AsyncClient` does the work in one of its own.
 
     Args:
         url: such as http://localhost:8000.
@@ -333,11 +328,13 @@ class Client:
         url: str,
         api_key: str | None = None,
         policy: Policy | None = None,
-        transport: httpx.BaseTransport | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.policy = policy or Policy()
-        self._given_up = threading.Event()
-        self._http = httpx.Client(base_url=_base(url), headers=_headers(api_key), transport=transport)
+        self._async = AsyncClient(url, api_key, policy, transport)
+        self.policy = self._async.policy
+        self._open = ExitStack()
+        self._portal = self._open.enter_context(start_blocking_portal(name="limpid-client"))
+        self._open.callback(self._portal.call, self._async.close)
 
     def __enter__(self) -> Client:
         return self
@@ -346,11 +343,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._http.close()
+        self._open.close()
 
     def give_up(self) -> None:
         """From another thread: nothing that failed is tried again from now on."""
-        self._given_up.set()
+        self._portal.call(self._async.give_up)
 
     def compress(
         self,
@@ -394,19 +391,11 @@ class Client:
         return _variants(self._send(_Call("GET", "/variants", policy or self.policy)))
 
     def _send(self, call: _Call) -> httpx.Response:
-        while True:
-            content = None if call.body is None else call.in_time(_chunks(call.body))
-            outcome: httpx.Response | httpx.RequestError
-            try:
-                with self._http.stream(call.method, call.path, content=content, **call.arguments()) as answer:
-                    whole = b"".join(call.in_time(answer.iter_bytes()))
-                headers = [(name, value) for name, value in answer.headers.items() if name != "content-encoding"]
-                outcome = httpx.Response(answer.status_code, headers=headers, content=whole)
-            except httpx.RequestError as error:
-                outcome = error
-            pause = call.pause_after(outcome)
-            if pause is None or self._given_up.wait(pause):
-                return _finish(outcome)
+        under_way = self._portal.start_task_soon(self._async.send, call)
+        try:
+            return under_way.result()
+        finally:
+            under_way.cancel()  # where Ctrl-C ended the wait
 
 
 class AsyncClient:
@@ -420,6 +409,7 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.policy = policy or Policy()
+        self._given_up = asyncio.Event()
         self._http = httpx.AsyncClient(base_url=_base(url), headers=_headers(api_key), transport=transport)
 
     async def __aenter__(self) -> AsyncClient:
@@ -433,6 +423,10 @@ class AsyncClient:
     async def close(self) -> None:
         await self._http.aclose()
 
+    def give_up(self) -> None:
+        """Nothing that failed is tried again from now on."""
+        self._given_up.set()
+
     async def compress(
         self,
         photo: Body,
@@ -445,7 +439,7 @@ class AsyncClient:
     ) -> Compressed:
         """See `Client.compress`."""
         call = _compress_call(photo, rate, max_bytes, target_bpp, model, policy or self.policy)
-        return _compressed(await self._send(call))
+        return _compressed(await self.send(call))
 
     async def decompress(
         self,
@@ -456,13 +450,14 @@ class AsyncClient:
         policy: Policy | None = None,
     ) -> Restored:
         """See `Client.decompress`."""
-        return _restored(await self._send(_decompress_call(bitstream, media_type, quality, policy or self.policy)))
+        return _restored(await self.send(_decompress_call(bitstream, media_type, quality, policy or self.policy)))
 
     async def variants(self, *, policy: Policy | None = None) -> dict[str, Any]:
         """See `Client.variants`."""
-        return _variants(await self._send(_Call("GET", "/variants", policy or self.policy)))
+        return _variants(await self.send(_Call("GET", "/variants", policy or self.policy)))
 
-    async def _send(self, call: _Call) -> httpx.Response:
+    async def send(self, call: _Call) -> httpx.Response:
+        """The good answer of a call; raises `LimpidError`."""
         while True:
             content = call.body if call.body is None or isinstance(call.body, bytes) else _async_chunks(call.body)
             outcome: httpx.Response | httpx.RequestError
@@ -476,4 +471,6 @@ class AsyncClient:
             pause = call.pause_after(outcome)
             if pause is None:
                 return _finish(outcome)
-            await asyncio.sleep(pause)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._given_up.wait(), pause)
+                return _finish(outcome)

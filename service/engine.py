@@ -281,6 +281,8 @@ class Engine:
                 results.update(zip(indexes, run(indexes)))
             except torch.AcceleratorError as error:
                 _let_go(error)
+                if "out of memory" in str(error):  # beside torch's own allocator; the device still works
+                    raise MemoryError(str(error)) from error
                 raise DeviceFailure(f"{self.device}: {error}") from error
             except RuntimeError as error:
                 _let_go(error)

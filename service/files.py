@@ -21,12 +21,18 @@ PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".b
 def write_whole(path: Path, data: bytes, *, overwrite: bool = True, modified: int | None = None) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part, whatever happens meanwhile.
 
+    A link is followed, and a pipe or a device is written to, not replaced.
+
     Args:
         modified: the time that it shall have been modified at, in nanoseconds; else now.
 
     Raises:
         FileExistsError: it exists and may not be overwritten.
     """
+    path = path.resolve()
+    if overwrite and path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         with new.open("wb") as file:
@@ -101,14 +107,14 @@ def pair_up(inputs: Sequence[str], output: str | None, *, takes: Iterable[str], 
     if first is None:
         if output in (None, PIPE):
             return [Pair(None, None)]
-        if Path(str(output)).is_dir():
+        if Path(str(output)).is_dir() or str(output).endswith(os.sep):
             raise ValueError(f"expected the name of a file for what comes from standard input, {output} is a folder")
         return [Pair(None, Path(str(output)))]
     if output == PIPE:
         if others:
             raise ValueError(f"expected one input for standard output, got {len(found)}")
         return [Pair(first, None)]
-    if output and not others and Path(output).suffix and not Path(output).is_dir() and not Path(inputs[0]).is_dir():
+    if output and not others and names_a_file(output) and not Path(inputs[0]).is_dir():
         return [Pair(first, Path(output))]
     pairs: list[Pair] = []
     taken: dict[Path, Path] = {}
@@ -123,6 +129,11 @@ def pair_up(inputs: Sequence[str], output: str | None, *, takes: Iterable[str], 
         taken[target] = source
         pairs.append(Pair(source, target))
     return pairs
+
+
+def names_a_file(output: str) -> bool:
+    """Whether this is taken for a file's name where a folder could stand too: it ends in something and is no folder."""
+    return bool(Path(output).suffix) and not output.endswith(os.sep) and not Path(output).is_dir()
 
 
 def overlooked(inputs: Sequence[str], takes: Iterable[str]) -> list[Path]:

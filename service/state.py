@@ -35,7 +35,7 @@ class Service:
 
     Attributes:
         stage_span: records the stages of a request in its trace.
-        ready: None while the models load, or for good with a `failure` that says why.
+        ready: None while the models load, or with a `failure` that says why until they are tried again.
         admitted: requests between their admission and their answer.
         body_bytes: of their bodies, as announced, or as they have come where nothing was, and of the answers that
             clients have yet to take.

@@ -21,6 +21,10 @@ StageSpan = Callable[[str, float, float], None]
 """Records a stage as a child of the request's span: its name, its seconds, and how many seconds ago it ended."""
 
 
+_PATIENCE_S = 2
+"""With a collector that does not answer, which would else delay the end of the process by ten seconds."""
+
+
 def no_span(stage: str, seconds: float, ago: float) -> None:
     """Tracing is off."""
 
@@ -44,7 +48,7 @@ def set_up_tracing(app: FastAPI, endpoint: str, exporter: SpanExporter | None = 
     except ImportError as error:
         raise ValueError(f"LIMPID_OTLP_ENDPOINT needs the extra limpid[otel]: {error}") from error
     provider = TracerProvider(resource=Resource({"service.name": "limpid", "service.version": __version__}))
-    provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint)))
+    provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint, timeout=_PATIENCE_S)))
     app.add_middleware(
         OpenTelemetryMiddleware,
         tracer_provider=provider,

@@ -301,6 +301,10 @@ def test_waiting_on_purpose_is_off_by_default_and_bounded_when_on() -> None:
         assert launches.pop() == [0, 1, 2]
         await lonely
         assert launches.pop() == [0]
+        large: Batcher[int, int] = Batcher(run, Limits(batch_wait=1, batch_pixels=100))
+        async with asyncio.timeout(0.5):  # nor one that no other could join
+            await large.submit(0, "a", pixels=60)
+        assert launches.pop() == [0]
 
     asyncio.run(main())
 

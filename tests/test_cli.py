@@ -37,6 +37,19 @@ def test_compress_and_decompress_files(tmp_path: Path, parrots: Photo, capsys: L
     (tmp_path / "restored.v2").mkdir()
     assert main(["decompress", str(tmp_path / "in.lmp"), "-o", str(tmp_path / "restored.v2")]) == 0
     assert (tmp_path / "restored.v2" / "in.png").exists()
+    (tmp_path / "other.lmp").write_bytes((tmp_path / "in.lmp").read_bytes())
+    both = [str(tmp_path / "in.lmp"), str(tmp_path / "other.lmp")]
+    assert main(["decompress", *both, "-o", str(tmp_path / "new.2026")]) == 0
+    assert main(["decompress", both[0], "-o", f"{tmp_path}/new.2027/"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("new.*/*")) == ["in.png", "in.png", "other.png"]
+
+
+def test_a_name_that_is_no_text_is_no_failure(tmp_path: Path, bikes: Photo) -> None:
+    (tmp_path / os.fsdecode(b"bad\xff.png")).write_bytes(image_bytes(bikes[:32, :32]))
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    for command in ("compress", "info"):
+        done = subprocess.run([*LIMPID, command, str(tmp_path)], env=strict, capture_output=True, check=True)
+        assert b"bad\xff.lmp" in done.stdout
 
 
 def test_a_budget_is_kept(tmp_path: Path, bikes: Photo, capsys: Lines) -> None:

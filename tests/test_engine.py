@@ -123,6 +123,16 @@ def test_a_lost_device_is_told_apart(engine: Engine, bikes: Photo, monkeypatch: 
             engine.encode([EncodeJob(bikes, 4)])
 
 
+def test_a_full_device_is_not_a_lost_one(engine: Engine, bikes: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.default.codec, "analyse", full)
+        with pytest.raises(MemoryError, match="out of memory"):
+            engine.encode([EncodeJob(bikes, 4)])
+
+
 def test_entropy_is_coded_beside_the_device(engine: Engine, bikes: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in its thread, where it would keep the transforms of others waiting."""
     threads = set()

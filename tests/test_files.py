@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,7 @@ def test_pipes_go_alone() -> None:
         (["-", "a.jpg"], None, "alone"),
         (["a.jpg", "b.PNG"], "-", "one input"),
         (["-"], "deep", "folder"),
+        (["-"], "new/", "folder"),
         (["nothing*.jpg"], None, "found no"),
         (["a.jpg", "deep/../a.jpg", "./deep/c.jpg"], "out", "both"),
     ],
@@ -86,3 +89,20 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         write_whole(path, b"third")
     assert path.read_bytes() == b"first"
     assert [one.name for one in tmp_path.iterdir()] == ["a.lmp"]
+
+
+def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.lmp").write_bytes(b"old")
+    (tmp_path / "link.lmp").symlink_to(tmp_path / "real" / "a.lmp")
+    write_whole(tmp_path / "link.lmp", b"new")
+    assert (tmp_path / "link.lmp").is_symlink()
+    assert (tmp_path / "real" / "a.lmp").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    write_whole(tmp_path / "pipe", b"through")
+    reader.join(10)
+    assert read == [b"through"]
+    assert (tmp_path / "pipe").is_fifo()

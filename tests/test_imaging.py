@@ -360,11 +360,19 @@ def test_mutated_images_are_photos_or_image_errors(data: st.DataObject) -> None:
 def test_photos_are_written_in_every_format(parrots: Photo, output: OutputFormat) -> None:
     data = write_photo(parrots, output)
     with Image.open(io.BytesIO(data)) as image:
-        assert image.format == output.pillow
+        assert image.format == output.name
     back = read_photo(data, LIMIT)
     assert np.array_equal(back, parrots) if output is OutputFormat.PNG else psnr(back, parrots) > 30
     if output is not OutputFormat.PNG:
         assert len(write_photo(parrots, output, 20)) < len(data)
+
+
+@pytest.mark.parametrize(("side", "speed"), [(64, 8), (2064, 9)])
+def test_avif_is_written_in_a_time_that_requests_have(monkeypatch: pytest.MonkeyPatch, side: int, speed: int) -> None:
+    options: dict[str, object] = {}
+    monkeypatch.setattr(Image.Image, "save", lambda self, buffer, name, **given: options.update(given))
+    write_photo(np.zeros((side, side, 3), np.uint8), OutputFormat.AVIF)
+    assert options["speed"] == speed
 
 
 def test_a_broken_exif_is_ignored(parrots: Photo) -> None:

@@ -39,7 +39,7 @@ from service.codec.rans import (
     Symbols,
 )
 from service.codec.report import ReportHead
-from service.codec.tables import Z_LIMIT, CdfTables
+from service.codec.tables import SCALE_LEVELS, Z_LIMIT, CdfTables
 from service.codec.transforms import Analysis, HyperAnalysis, Synthesis
 
 _UNIT = 2**MEAN_FRACTION
@@ -362,6 +362,10 @@ class ShippedCodec:
                 CdfTables(*(tensors[f"tables.{name}.{key}"].numpy() for key in ("cdf", "size", "offset")))
                 for name in "yz"
             )
+            if len(y_tables.cdf) != SCALE_LEVELS or not y_tables.within(SYMBOL_LIMIT):
+                raise ValueError(f"expected {SCALE_LEVELS} tables for y, of symbols within +-{SYMBOL_LIMIT}")
+            if len(z_tables.cdf) != RATE_POINTS * config.hyper or not z_tables.within(Z_LIMIT):
+                raise ValueError(f"expected {RATE_POINTS * config.hyper} tables for z, of symbols within +-{Z_LIMIT}")
             prior = IntegerPrior(config.passes, layers, mean, context)
             report = None
             if weights := _below(tensors, "report"):

@@ -39,11 +39,32 @@ class CdfTables:
         cdf: (T, L) int32, cumulative frequencies from 0 to 2^16; a row repeats 2^16 after its end.
         size: (T,) int32, entries in use per row, one more than its symbols.
         offset: (T,) int32, the symbol of the first frequency.
+
+    Raises:
+        ValueError: that is not what was given. The coder trusts its tables, and a wrong one would end the process.
     """
 
     cdf: NDArray[np.int32]
     size: NDArray[np.int32]
     offset: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        rows, most = self.cdf.shape
+        arrays = (self.cdf, self.size, self.offset)
+        if any(array.dtype != np.int32 for array in arrays) or not self.size.shape == self.offset.shape == (rows,):
+            raise ValueError("expected int32 tables with a size and an offset per row")
+        if ((self.size < 2) | (self.size > most)).any():
+            raise ValueError(
+                f"expected 2 to {most} entries in use per table, got {self.size.min()} to {self.size.max()}"
+            )
+        used = np.arange(1, most) < self.size[:, None]
+        ends = self.cdf[np.arange(rows), self.size - 1]
+        if self.cdf[:, 0].any() or (np.diff(self.cdf, axis=1) < 1)[used].any() or (ends != 1 << PRECISION).any():
+            raise ValueError(f"expected frequencies that rise from 0 to {1 << PRECISION} in every table")
+
+    def within(self, limit: int) -> bool:
+        """Whether all symbols lie in +-limit."""
+        return bool((self.offset >= -limit).all() and (self.offset + self.size - 2 <= limit).all())
 
     @classmethod
     def from_masses(cls, masses: list[NDArray[np.float64]], offsets: list[int]) -> CdfTables:

@@ -100,6 +100,16 @@ def test_certain_latents_are_not_coded_and_equal_their_mean(parrots: Photo, pass
     assert (first.config.skipped, first.config.passes) == (0, passes)
 
 
+@pytest.mark.parametrize("name", ["y", "z"])
+def test_too_few_tables_or_symbols_beyond_reach_are_refused(name: str) -> None:
+    tensors, description = ship(TrainableCodec(TINY))
+    fewer = {f"tables.{name}.{key}": tensors[f"tables.{name}.{key}"][:-1] for key in ("cdf", "size", "offset")}
+    beyond = {f"tables.{name}.offset": tensors[f"tables.{name}.offset"] - 2**15}
+    for changed in (fewer, beyond):
+        with pytest.raises(ValueError, match=f"tables for {name}"):
+            ShippedCodec.from_tensors({**tensors, **changed}, description, torch.device("cpu"))
+
+
 def test_scale_levels_match_their_tables() -> None:
     levels = torch.arange(SCALE_LEVELS).float()
     assert torch.allclose(scale_to_level(level_to_scale(levels)), levels, atol=1e-3)

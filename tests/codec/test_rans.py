@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from service.codec import rans
 from service.codec.rans import SYMBOL_LIMIT, CorruptPayload, Decoder, Encoder, GuardedTables, Outliers
-from service.codec.tables import SCALE_LEVELS, gaussian_tables, logistic_tables
+from service.codec.tables import SCALE_LEVELS, CdfTables, gaussian_tables, logistic_tables
 
 TABLES = GuardedTables(gaussian_tables())
 
@@ -162,3 +164,24 @@ assert "compressai.ans" in sys.modules
 assert not {"compressai", "torchvision"} & set(sys.modules), "start-up pays for what it does not use"
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("cdf", lambda cdf: cdf * 0),
+        ("cdf", lambda cdf: cdf + 1),
+        ("cdf", lambda cdf: np.where(np.arange(cdf.shape[1]) == 2, cdf[:, 1:2], cdf)),
+        ("cdf", lambda cdf: np.minimum(cdf, 60000)),
+        ("cdf", lambda cdf: cdf.astype(np.int64)),
+        ("size", lambda size: size + 10**4),
+        ("size", lambda size: size * 0 + 1),
+        ("size", lambda size: size[:-1]),
+        ("offset", lambda offset: offset[:-1]),
+    ],
+)
+def test_tables_that_would_end_the_coder_are_refused(part: str, change: Callable[[Any], Any]) -> None:
+    good = vars(gaussian_tables())
+    CdfTables(**good)
+    with pytest.raises(ValueError, match="expected"):
+        CdfTables(**{**good, part: change(good[part])})

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.gateway import Gateway, boundary, camera_frames, parts
+from deploy.gateway import Gateway, boundary, camera_frames, parts, snapshot
 from service.client import AsyncClient
 from service.codec.bitstream import Bitstream
 from service.engine import Engine, Photo
@@ -374,6 +374,45 @@ def test_a_password_of_a_camera_is_not_logged(caplog: pytest.LogCaptureFixture) 
         server.shutdown()
     assert "it answers 401" in caplog.text
     assert "hunter2" not in caplog.text
+
+
+@pytest.mark.parametrize("kept", [1, 100, 10**7])
+def test_a_frame_is_sent_once_whatever_times_its_result_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    sent: list[bytes] = []
+    frames, set_time = tmp_path / "in", os.utime
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(await request.aread())
+        return httpx.Response(200, content=b"x", headers={"limpid-rate": "4", "limpid-bpp": "1", "limpid-model": "m"})
+
+    async def work() -> None:
+        async with AsyncClient("x", transport=httpx.MockTransport(answer)) as limpid:
+            stop = asyncio.Event()
+            work = asyncio.create_task(Gateway(limpid, frames, tmp_path / "out", {}, 1, False).run(stop, 0.02))
+            await asyncio.sleep(0.5)
+            stop.set()
+            await work
+
+    frames.mkdir()
+    for name in "abc":
+        (frames / f"{name}.jpg").write_bytes(name.encode())
+    monkeypatch.setattr("os.utime", lambda path, ns: set_time(path, ns=(ns[0] // kept * kept, ns[1] // kept * kept)))
+    asyncio.run(work())
+    assert sorted(sent) == [b"a", b"b", b"c"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.lmp")) == ["a.jpg.lmp", "b.jpg.lmp", "c.jpg.lmp"]
+
+
+def test_a_snapshot_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.gateway.LARGEST_FRAME", 1000)
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * 100
+
+    with pytest.raises(httpx.RemoteProtocolError, match="more than 1000 bytes"):
+        asyncio.run(snapshot(endless()))
 
 
 def test_a_part_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

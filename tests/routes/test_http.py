@@ -9,11 +9,13 @@ import re
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import google_crc32c
 import numpy as np
 import psutil
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from model_store.evaluation.conditions import psnr
@@ -23,7 +25,7 @@ from service.engine import Photo
 from service.imaging import read_photo
 from service.metrics import memory_limit
 from service.settings import Settings
-from tests.conftest import image_bytes, noisy
+from tests.conftest import copied_store, image_bytes, noisy
 from tests.test_imaging import bomb
 
 
@@ -362,6 +364,11 @@ def test_a_broken_store_is_told_at_readyz_not_by_a_crash(tmp_path) -> None:  # t
         problem(client.get("/livez"), 503, "not-ready")
         problem(client.post("/compress", content=b"x"), 503, "not-ready")
         assert "limpid_ready 0.0" in client.get("/metrics").text
+        copied_store(tmp_path)  # an operator mends it and sends SIGHUP
+        assert client.portal is not None
+        client.portal.call(reload_store, cast(FastAPI, client.app).state.service)
+        assert client.get("/readyz").status_code == 200
+        assert 'limpid_store_reloads_total{outcome="done"} 1.0' in client.get("/metrics").text
 
 
 def lying(stream: bytes, width: int, height: int) -> bytes:
