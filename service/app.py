@@ -28,6 +28,7 @@ from service.engine import DeviceFailure, EncodeJob, Engine, StageTimes
 from service.errors import CLIENT_GONE, INTERNAL, KINDS, Problem, problem_of, problem_response
 from service.exchange import PHASES, STAGES, ClientGone
 from service.middleware import OPERATIONS, RequestMiddleware
+from service.openapi import KEYS
 from service.routes import compress, decompress, health, variants
 from service.routes.compress import UNKNOWN
 from service.routes.page import mount_page
@@ -194,7 +195,7 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
     )
     app.state.service = service
     for module in (compress, decompress, variants):
-        app.include_router(module.router, tags=["photos"])
+        app.include_router(module.router, tags=["photos"], dependencies=KEYS if service.settings.api_keys else ())
     app.include_router(health.router, tags=["health"])
     mount_page(app, enabled=service.settings.demo_page)
 

@@ -26,17 +26,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from service.errors import BAD_KEY, BODY_TIMEOUT, DEADLINE, EMPTY, MALFORMED, QUEUE_FULL, Problem
+from service.openapi import BODY_FIELD, TIMEOUT_HEADER
 from service.settings import Settings
 from service.state import Ready, Service, Work
 
 T = TypeVar("T")
-
-BODY_FIELD = "file"
-TIMEOUT_HEADER = "limpid-timeout"
-
-
-BINARY = {"type": "string", "format": "binary"}
-
 
 STAGES = {
     "compress": ("body", "image_decode", "queue", "transform", "entropy"),
@@ -50,13 +44,6 @@ PHASES = ("body", "image_decode", "queue", "image_encode", "answer")
 
 class ClientGone(Exception):
     """The client hung up; there is no one to answer."""
-
-
-def body_schema(media_type: str, what: str) -> dict[str, object]:
-    """The OpenAPI request body of a call that takes `what` raw or as the multipart field `file`."""
-    form = {"type": "object", "required": [BODY_FIELD], "properties": {BODY_FIELD: BINARY}}
-    content = {"multipart/form-data": {"schema": form}, media_type: {"schema": BINARY}}
-    return {"requestBody": {"required": True, "description": what, "content": content}}
 
 
 def check_key(request: Request, settings: Settings) -> None:

@@ -1,16 +1,23 @@
-"""SIGHUP on a real server: a new default without an interruption, old streams still readable."""
+"""SIGHUP: a new default without an interruption, old streams still readable, a store that was mended."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import signal
 import threading
 import time
 from pathlib import Path
+from typing import cast
 
 import httpx2
 import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
+from service.app import create_app, reload_store
 from service.engine import Engine, Photo
+from service.settings import Settings
 from service.store import ModelStore, StoreError
 from tests.conftest import copied_store, image_bytes, other_store
 from tests.served import served
@@ -65,3 +72,30 @@ def test_new_weights_under_a_known_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="new weights need a new name"):
         engine.refresh(ModelStore(other.folder))
     assert engine.default.entry.sha256 == ModelStore(folder).index.models[0].sha256
+
+
+def test_a_reload_asked_for_while_models_load_is_done_after() -> None:
+    app = create_app(Settings())
+    asyncio.run(reload_store(app.state.service))
+    with TestClient(app) as client:
+        while 'limpid_store_reloads_total{outcome="done"} 1.0' not in client.get("/metrics").text:
+            assert not app.state.service.failure
+
+
+def test_a_broken_store_is_told_at_readyz_and_may_be_mended(tmp_path: Path) -> None:
+    (tmp_path / "store.json").write_text(json.dumps({"default": "a", "models": []}))
+    with TestClient(create_app(Settings(store=tmp_path))) as client:
+        for _ in range(200):
+            answer = client.get("/readyz")
+            if "still loading" not in answer.text:
+                break
+        assert "could not be loaded" in answer.json()["detail"]
+        for refused in (answer, client.get("/livez"), client.post("/compress", content=b"x")):
+            assert refused.status_code == 503
+            assert refused.json()["type"] == "urn:limpid:problem:not-ready"
+        assert "limpid_ready 0.0" in client.get("/metrics").text
+        copied_store(tmp_path)  # an operator mends it and sends SIGHUP
+        assert client.portal is not None
+        client.portal.call(reload_store, cast(FastAPI, client.app).state.service)
+        assert client.get("/readyz").status_code == 200
+        assert 'limpid_store_reloads_total{outcome="done"} 1.0' in client.get("/metrics").text

@@ -12,8 +12,9 @@ from service.codec.config import RATE_POINTS
 from service.codec.shipped import latent_size, padded_pixels
 from service.engine import EncodeJob, Photo
 from service.errors import BUDGET, CORRUPT_IMAGE, EXCHANGE, MALFORMED, NOT_AN_IMAGE, Problem, documented
-from service.exchange import BINARY, Exchange, body_schema, exchange
+from service.exchange import Exchange, exchange
 from service.imaging import read_photo
+from service.openapi import BINARY, BPP_HEADER, HEADERS, body_schema
 from service.state import ServiceDependency
 
 router = APIRouter()
@@ -26,7 +27,11 @@ UNKNOWN = "unknown"
     "/compress",
     response_class=Response,
     responses={
-        200: {"content": {MEDIA_TYPE: {"schema": BINARY}}, "description": "The bitstream."},
+        200: {
+            "content": {MEDIA_TYPE: {"schema": BINARY}},
+            "description": "The bitstream.",
+            "headers": {**HEADERS, **BPP_HEADER},
+        },
         **documented(*EXCHANGE, NOT_AN_IMAGE, CORRUPT_IMAGE, BUDGET),
     },
     openapi_extra=body_schema("image/*", "A photo: JPEG, PNG, WebP, AVIF, TIFF or BMP."),

@@ -19,8 +19,9 @@ from service.errors import (
     Problem,
     documented,
 )
-from service.exchange import BINARY, body_schema, exchange
+from service.exchange import exchange
 from service.imaging import OutputFormat, check_size, write_photo
+from service.openapi import BINARY, HEADERS, body_schema
 from service.routes.accept import choose_format
 from service.routes.compress import degradation_header
 from service.state import ServiceDependency
@@ -35,6 +36,7 @@ router = APIRouter()
         200: {
             "content": {output.media_type: {"schema": BINARY} for output in OutputFormat},
             "description": "The clean photo.",
+            "headers": HEADERS,
         },
         **documented(*EXCHANGE, NOT_ACCEPTABLE, NOT_A_BITSTREAM, CORRUPT_BITSTREAM, UNSUPPORTED_VERSION),
     },

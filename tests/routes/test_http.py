@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import json
 import re
 import struct
 from dataclasses import replace
-from pathlib import Path
-from typing import cast
 
 import google_crc32c
 import numpy as np
 import psutil
 import pytest
-from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from model_store.evaluation.conditions import psnr
-from service.app import create_app, reload_store
+from service.app import create_app
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.engine import Photo
 from service.imaging import read_photo
-from service.metrics import memory_limit
 from service.settings import Settings
-from tests.conftest import copied_store, image_bytes, noisy
+from tests.conftest import image_bytes, noisy
 from tests.test_imaging import bomb
 
 
@@ -329,46 +323,6 @@ def test_ranges_are_for_get_and_of_bytes(client: TestClient) -> None:
     assert client.get("/", headers={"Range": "lines=0-9"}).content == whole.content
     head = client.head("/", headers={"Range": "bytes=0-9"})
     assert (head.status_code, head.headers["content-length"]) == (200, str(len(whole.content)))
-
-
-def test_the_memory_limit_is_the_least_of_the_control_groups(tmp_path: Path) -> None:
-    own = tmp_path / "cgroup"
-    own.write_text("0::/system.slice/limpid.service\n")
-    (tmp_path / "v2/system.slice/limpid.service").mkdir(parents=True)
-    (tmp_path / "v2/system.slice/limpid.service/memory.max").write_text("max\n")
-    (tmp_path / "v2/system.slice/memory.max").write_text("3000000\n")
-    assert memory_limit(tmp_path / "v2", own) == 3_000_000
-    own.write_text("3:cpu:/other\n2:memory,hugetlb:/docker/abc\n")
-    (tmp_path / "v1/memory").mkdir(parents=True)
-    (tmp_path / "v1/memory/memory.limit_in_bytes").write_text("2000000\n")
-    assert memory_limit(tmp_path / "v1", own) == 2_000_000
-    assert memory_limit(tmp_path / "v1", tmp_path / "nothing") > 10**8
-
-
-def test_a_reload_asked_for_while_models_load_is_done_after() -> None:
-    app = create_app(Settings())
-    asyncio.run(reload_store(app.state.service))
-    with TestClient(app) as client:
-        while 'limpid_store_reloads_total{outcome="done"} 1.0' not in client.get("/metrics").text:
-            assert not app.state.service.failure
-
-
-def test_a_broken_store_is_told_at_readyz_not_by_a_crash(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / "store.json").write_text(json.dumps({"default": "a", "models": []}))
-    with TestClient(create_app(Settings(store=tmp_path))) as client:
-        for _ in range(200):
-            answer = client.get("/readyz")
-            if "still loading" not in answer.text:
-                break
-        assert "could not be loaded" in problem(answer, 503, "not-ready")
-        problem(client.get("/livez"), 503, "not-ready")
-        problem(client.post("/compress", content=b"x"), 503, "not-ready")
-        assert "limpid_ready 0.0" in client.get("/metrics").text
-        copied_store(tmp_path)  # an operator mends it and sends SIGHUP
-        assert client.portal is not None
-        client.portal.call(reload_store, cast(FastAPI, client.app).state.service)
-        assert client.get("/readyz").status_code == 200
-        assert 'limpid_store_reloads_total{outcome="done"} 1.0' in client.get("/metrics").text
 
 
 def lying(stream: bytes, width: int, height: int) -> bytes:

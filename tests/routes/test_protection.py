@@ -57,6 +57,18 @@ def test_a_key_is_needed_where_keys_are_set(own: TestClient, bikes: Photo) -> No
         assert own.get(open_path, headers={"X-API-Key": ""}).status_code == 200
 
 
+def test_openapi_tells_of_keys_and_of_the_headers_that_come(own: TestClient, client: TestClient, bikes: Photo) -> None:
+    for asked, schemes in ((own, {"HTTPBearer", "APIKeyHeader"}), (client, set())):
+        schema = asked.get("/openapi.json").json()
+        assert set(schema["components"].get("securitySchemes", {})) == schemes
+        for path, call in (("/compress", "post"), ("/decompress", "post"), ("/variants", "get")):
+            assert {name for way in schema["paths"][path][call].get("security", []) for name in way} == schemes
+    stream = client.post("/compress", content=image_bytes(bikes))
+    for path, answer in (("/compress", stream), ("/decompress", client.post("/decompress", content=stream.content))):
+        told = {name.lower() for name in schema["paths"][path]["post"]["responses"]["200"]["headers"]}
+        assert {name for name in answer.headers if name.startswith("limpid")} < told <= set(answer.headers)
+
+
 def test_cors_is_off_unless_an_origin_is_set(own: TestClient, client: TestClient) -> None:
     origin = {"Origin": "https://example.org"}
     assert own.get("/variants", headers=origin).headers["access-control-allow-origin"] == "https://example.org"
