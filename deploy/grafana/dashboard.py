@@ -20,13 +20,17 @@ WHERE = 'job=~"$job", instance=~"$instance"'
 
 @dataclass(frozen=True)
 class Panel:
-    """A time series panel: title, what it tells an operator, Grafana's unit, and (query, legend) pairs."""
+    """A time series panel: title, what it tells an operator, Grafana's unit, and (query, legend) pairs.
+
+    Its axis begins at zero unless it is `signed`.
+    """
 
     title: str
     text: str
     unit: str
     queries: tuple[tuple[str, str], ...]
     stacked: bool = False
+    signed: bool = False
 
 
 def rate(series: str, labels: str = "") -> str:
@@ -79,7 +83,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
               ((f"""sum({rate('image_bytes_total', 'operation="compress"')})"""
                 f""" - sum({rate('bitstream_bytes_total', 'operation="compress"')})""", "saved"),
                (f"""sum({rate('image_bytes_total', 'operation="compress"')})""", "uploads"),
-               (f"""sum({rate('bitstream_bytes_total', 'operation="compress"')})""", "bitstreams"))),
+               (f"""sum({rate('bitstream_bytes_total', 'operation="compress"')})""", "bitstreams")), signed=True),
         Panel("Degradations", "What the encoder found wrong with the photos; a camera that fogs up shows.", "reqps",
               ((f"sum by (kind) ({rate('degradations_total')})", "{{kind}}"),), True),
     ),
@@ -107,10 +111,11 @@ def _panel(panel: Panel, source: dashboard_models.DataSourceRef, width: int) -> 
         .datasource(source)
         .height(8)
         .span(width)
-        .min(0)
         .fill_opacity(20 if panel.stacked else 5)
         .legend(common.VizLegendOptions().show_legend(True).placement(common_models.LegendPlacement.BOTTOM))
     )
+    if not panel.signed:
+        built = built.min(0)
     if panel.stacked:
         built = built.stacking(common.StackingConfig().mode(common_models.StackingMode.NORMAL))
     for letter, (query, legend) in zip(ascii_uppercase, panel.queries):

@@ -140,5 +140,8 @@ def test_the_ray_service_names_what_exists() -> None:
     templates = [cluster["headGroupSpec"]["template"], *(g["template"] for g in cluster["workerGroupSpecs"])]
     for template in templates:
         assert template["spec"]["enableServiceLinks"] is False
+        assert template["spec"]["securityContext"]["runAsNonRoot"] is True
+        (container,) = template["spec"]["containers"]
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": template["spec"]}
         kubernetes_validate.validate(pod, VERSIONS[-1], strict=True)
