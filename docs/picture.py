@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from model_store.evaluation.conditions import psnr
 from service.codec.bitstream import Bitstream
 from service.engine import EncodeJob, Engine, Photo
+from service.imaging import read_photo
 from service.settings import Settings
 from service.store import ModelStore
 from tests.conftest import image_bytes, noisy, photo
@@ -31,13 +32,13 @@ def main() -> None:
     settings = Settings()
     engine = Engine(ModelStore(settings.store), settings.device, settings.precision)
     clean = photo("parrots")
-    upload = noisy(clean, 25)
-    uploaded = len(image_bytes(upload, "JPEG", quality=90))
+    uploaded = image_bytes(noisy(clean, 25), "JPEG", quality=90)
+    upload = read_photo(uploaded, settings.max_pixels)
     data = engine.encode([EncodeJob(upload, RATE)])[0].to_bytes()
     (restored,) = engine.decode([Bitstream.from_bytes(data)])
     webp, webp_bytes = webp_of_size(upload, len(data))
     panels = [
-        (upload, f"camera: JPEG, {uploaded:,} bytes, {psnr(upload, clean):.1f} dB"),
+        (upload, f"camera: JPEG, {len(uploaded):,} bytes, {psnr(upload, clean):.1f} dB"),
         (restored, f"Limpid: {len(data):,} bytes, {psnr(restored, clean):.1f} dB"),
         (webp, f"WebP: {webp_bytes:,} bytes, {psnr(webp, clean):.1f} dB"),
     ]
