@@ -1,9 +1,10 @@
-"""Which rate point to try next for a budget of bytes. Pure; relies on sizes that grow with the rate point."""
+"""Which rate points to encode a photo at. Pure; a budget of bytes relies on sizes that grow with the rate point."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Generic, TypeVar
 
 from service.codec.config import RATE_POINTS
 
@@ -12,6 +13,8 @@ DEFAULT_RATE = 4
 
 MOST_BPP = 64.0
 """The largest budget in bits per pixel; no photo takes that many."""
+
+Stream = TypeVar("Stream")
 
 _GROWTH = 0.30
 """Of the logarithm of a photo's bytes from one rate point to the next, on Kodak."""
@@ -58,3 +61,38 @@ def best_rate(sizes: Mapping[int, int], budget: int) -> int:
 def budget_bytes(max_bytes: int | None, target_bpp: float | None, pixels: int) -> int | None:
     """A budget in bytes from one in bytes or in bits per pixel; None where there is neither."""
     return int(target_bpp * pixels / 8) if target_bpp is not None else max_bytes
+
+
+class RateSearch(Generic[Stream]):
+    """The rate points of one photo: the one that is asked for, or those that lead to the best within a budget.
+
+    Args:
+        rate: None for the default one, or where there is a budget.
+        budget: bytes, or None.
+    """
+
+    def __init__(self, rate: int | None, budget: int | None) -> None:
+        self._rate, self._budget = rate or DEFAULT_RATE, budget
+        self._streams: dict[int, Stream] = {}
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def begun(self) -> bool:
+        return bool(self._streams)
+
+    @property
+    def wanted(self) -> int | None:
+        """The rate point to encode next; None once `best` is known."""
+        if self._budget is None:
+            return None if self._streams else self._rate
+        return next_rate(self._sizes, self._budget)
+
+    def add(self, rate: int, stream: Stream, size: int) -> None:
+        """Tell what came of it, and its bytes."""
+        self._streams[rate], self._sizes[rate] = stream, size
+
+    def best(self) -> Stream:
+        """Raises:
+        UnmeetableBudget: even rate point 1 does not fit.
+        """
+        return self._streams[self._rate if self._budget is None else best_rate(self._sizes, self._budget)]

@@ -55,7 +55,7 @@ def _codec(args: argparse.Namespace, settings: Settings) -> Client | Local:
 
 def _run(
     pairs: Sequence[Pair],
-    work: Callable[[bytes, Path], tuple[bytes, str]],
+    work: Callable[[bytes], tuple[bytes, str]],
     args: argparse.Namespace,
     codec: Client | Local,
 ) -> int:
@@ -73,7 +73,7 @@ def _run(
         if pair.target and pair.target.exists() and not args.force:
             raise FileExistsError(f"{pair.target} exists, --force overwrites it")
         data = pair.source.read_bytes() if pair.source else sys.stdin.buffer.read()
-        result, said = work(data, pair.source or Path("standard input"))
+        result, said = work(data)
         if pair.target is None:
             sys.stdout.buffer.write(result)
             sys.stdout.buffer.flush()
@@ -125,7 +125,7 @@ def _compress(args: argparse.Namespace, settings: Settings) -> int:
     pairs = pair_up(args.inputs, args.output, takes=PHOTO_ENDINGS, gives=".lmp")
     with closing(_codec(args, settings)) as codec:
 
-        def work(data: bytes, _: Path) -> tuple[bytes, str]:
+        def work(data: bytes) -> tuple[bytes, str]:
             done = codec.compress(
                 data, rate=args.rate, max_bytes=args.max_bytes, target_bpp=args.target_bpp, model=args.model
             )
@@ -149,7 +149,7 @@ def _decompress(args: argparse.Namespace, settings: Settings) -> int:
     pairs = pair_up(args.inputs, args.output, takes=(".lmp",), gives=chosen)
     with closing(_codec(args, settings)) as codec:
 
-        def work(data: bytes, _: Path) -> tuple[bytes, str]:
+        def work(data: bytes) -> tuple[bytes, str]:
             done = codec.decompress(data, media_type=output.media_type, quality=args.quality)
             return done.image, f"restored from {len(data)} bytes by {done.model}"
 

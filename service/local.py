@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from service.budget import DEFAULT_RATE, best_rate, budget_bytes, next_rate
+from service.budget import RateSearch, budget_bytes
 from service.client import Compressed, Restored
 from service.codec.bitstream import Bitstream
 from service.codec.shipped import Watch
@@ -77,18 +77,14 @@ class Local(Watch):
         """
         pixels = read_photo(photo, self._settings.max_pixels)
         count, times = pixels.shape[0] * pixels.shape[1], StageTimes()
-        budget = budget_bytes(max_bytes, target_bpp, count)
-        tried: dict[int, Bitstream] = {}
-        sizes: dict[int, int] = {}
-        wanted = rate or DEFAULT_RATE if budget is None else next_rate(sizes, budget)
-        while wanted:
+        search = RateSearch[Bitstream](rate, budget_bytes(max_bytes, target_bpp, count))
+        while wanted := search.wanted:
             self.more(self._engine.model(model).codec.steps)
-            (tried[wanted],) = self._engine.encode([EncodeJob(pixels, wanted, model)], times, self)
-            sizes[wanted] = len(tried[wanted].to_bytes())
-            wanted = None if budget is None else next_rate(sizes, budget)
-        chosen = next(iter(tried)) if budget is None else best_rate(sizes, budget)
-        data = tried[chosen].to_bytes()
-        return Compressed(data, bpp=8 * len(data) / count, **self._common(tried[chosen], times))
+            (stream,) = self._engine.encode([EncodeJob(pixels, wanted, model)], times, self)
+            search.add(wanted, stream, len(stream.to_bytes()))
+        stream = search.best()
+        data = stream.to_bytes()
+        return Compressed(data, bpp=8 * len(data) / count, **self._common(stream, times))
 
     def decompress(self, bitstream: bytes, *, media_type: str = "image/png", quality: int | None = None) -> Restored:
         """See `Client.decompress`.
@@ -96,12 +92,16 @@ class Local(Watch):
         Raises:
             BitstreamError: the bytes are no bitstream, a damaged one, or one of a model that the store lacks.
             TooManyPixels: it is larger than the settings allow.
+            ValueError: no format has that media type.
         """
+        output = next((one for one in OutputFormat if one.media_type == media_type), None)
+        if output is None:
+            told = ", ".join(one.media_type for one in OutputFormat)
+            raise ValueError(f"expected one of {told}, got {media_type}")
         stream, times = Bitstream.from_bytes(bitstream), StageTimes()
         check_size(stream.height, stream.width, self._settings.max_pixels)
         self.more(self._engine.model_of(stream).codec.steps)
         (photo,) = self._engine.decode([stream], times, self)
-        output = next(one for one in OutputFormat if one.media_type == media_type)
         return Restored(write_photo(photo, output, quality), media_type, **self._common(stream, times))
 
     def _common(self, stream: Bitstream, times: StageTimes) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from service.budget import UnmeetableBudget, best_rate, next_rate
+from service.budget import DEFAULT_RATE, RateSearch, UnmeetableBudget, best_rate, next_rate
 from service.codec.config import RATE_POINTS
 
 
@@ -50,3 +50,23 @@ def test_a_budget_below_the_smallest_size_is_refused_with_that_size(budget: int)
     tried = searched(photo_sizes(100, [1.4] * 7), budget)
     with pytest.raises(UnmeetableBudget, match="at least 100 bytes"):
         best_rate(tried, budget)
+
+
+@pytest.mark.parametrize(
+    ("rate", "budget", "best"), [(None, None, DEFAULT_RATE), (7, None, 7), (None, 350, 3), (None, 100, 1)]
+)
+def test_a_search_ends_with_what_was_asked_for(rate: int | None, budget: int | None, best: int) -> None:
+    search = RateSearch[str](rate, budget)
+    assert not search.begun
+    while wanted := search.wanted:
+        search.add(wanted, f"stream {wanted}", 100 * wanted)
+    assert search.begun
+    assert search.best() == f"stream {best}"
+
+
+def test_a_search_in_vain_names_the_smallest_size() -> None:
+    search = RateSearch[str](None, 99)
+    while wanted := search.wanted:
+        search.add(wanted, "stream", 100 * wanted)
+    with pytest.raises(UnmeetableBudget, match="at least 100 bytes"):
+        search.best()

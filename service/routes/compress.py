@@ -6,11 +6,11 @@ from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request, Response
 
-from service.budget import DEFAULT_RATE, MOST_BPP, best_rate, budget_bytes, next_rate
+from service.budget import MOST_BPP, RateSearch, budget_bytes
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.codec.config import RATE_POINTS
 from service.codec.shipped import latent_size, padded_pixels
-from service.engine import EncodeJob, Photo
+from service.engine import EncodeJob
 from service.errors import BUDGET, CORRUPT_IMAGE, EXCHANGE, MALFORMED, NOT_AN_IMAGE, Problem, documented
 from service.exchange import Exchange, exchange
 from service.imaging import read_photo
@@ -56,11 +56,11 @@ async def compress(
         data = await call.body()
         photo = await call.in_thread("image_decode", lambda: read_photo(data, service.settings.max_pixels))
         pixels = photo.shape[0] * photo.shape[1]
-        budget = budget_bytes(max_bytes, target_bpp, pixels)
-        if budget is None:
-            stream = await _encode(call, EncodeJob(photo, rate or DEFAULT_RATE, name))
-        else:
-            stream = await _within(budget, call, photo, name)
+        search = RateSearch[Bitstream](rate, budget_bytes(max_bytes, target_bpp, pixels))
+        while wanted := search.wanted:
+            stream = await _encode(call, EncodeJob(photo, wanted, name), search.begun)
+            search.add(wanted, stream, len(stream.to_bytes()))
+        stream = search.best()
         body = stream.to_bytes()
         call.hold(body)
     bpp = 8 * len(body) / pixels
@@ -86,22 +86,8 @@ def degradation_header(stream: Bitstream) -> str:
     return ", ".join(f"{d.kind.label};{d.strength:.2f}" for d in stream.degradations) or UNKNOWN
 
 
-async def _encode(call: Exchange, job: EncodeJob, begun: bool = False) -> Bitstream:
+async def _encode(call: Exchange, job: EncodeJob, begun: bool) -> Bitstream:
     height, width = job.photo.shape[:2]
     key = ("compress", job.model, latent_size(height, width))
     stream = await call.submit(job, key, pixels=padded_pixels(height, width), bytes=job.photo.nbytes, begun=begun)
     return cast(Bitstream, stream)
-
-
-async def _within(budget: int, call: Exchange, photo: Photo, model: str) -> Bitstream:
-    """The best rate point that fits `budget` bytes.
-
-    Raises:
-        UnmeetableBudget: even rate point 1 does not fit.
-    """
-    streams: dict[int, Bitstream] = {}
-    sizes: dict[int, int] = {}
-    while rate := next_rate(sizes, budget):
-        streams[rate] = await _encode(call, EncodeJob(photo, rate, model), begun=bool(sizes))
-        sizes[rate] = len(streams[rate].to_bytes())
-    return streams[best_rate(sizes, budget)]
