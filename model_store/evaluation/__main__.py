@@ -16,7 +16,11 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
-from model_store.evaluation.conditions import MEASURED, SETS, psnr, samples
+from model_store.evaluation.conditions import MEASURED, SETS, Sample, clean_paths, psnr, samples_of
 from model_store.evaluation.features import Watched, draw_embedding, draw_maps
 from model_store.evaluation.rate_distortion import Record, curves, read_records
 from model_store.evaluation.tables import plot, published_table, table
@@ -40,11 +44,11 @@ STRENGTHS = (5, 8, 11, 14, 18, 23, 28, 34, 42, 52)
 """What the cascade's denoiser is tuned over, on every eighth photo of a set, for each condition."""
 
 
-def _write(path: Path, records: list[Record]) -> None:
+def _write(path: Path, records: Iterable[Record], jobs: int) -> None:
     content = {
         "command": " ".join(["python -m model_store.evaluation", *map(_relative, sys.argv[1:])]),
         "torch": torch.__version__,
-        "cpu_threads": torch.get_num_threads(),
+        "processes": jobs,
         "cpus": os.cpu_count(),
         "precision": transform_precision(pick_device("auto")),
         "records": [asdict(record) for record in records],
@@ -58,55 +62,74 @@ def _relative(argument: str) -> str:
     return os.path.relpath(argument) if argument.startswith("/") else argument
 
 
+def _of_each_photo(args: argparse.Namespace, work: Callable[[Path, int, str], list[Record]], name: str) -> list[Record]:
+    """What `work` finds of the path, the index and the set of each photo, in `--jobs` processes of a thread each."""
+    paths = clean_paths(args.photos, name)[: args.limit]
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        found = pool.map(work, paths, range(len(paths)), [name] * len(paths))
+        return [record for records in tqdm(found, f"{args.command}, {name}", len(paths)) for record in records]
+
+
 def _peers(args: argparse.Namespace) -> None:
     for name in args.sets:
-        records = []
-        for sample in tqdm(list(samples(args.photos, name, args.limit)), desc=f"peers, {name}"):
-            pixels = sample.clean.shape[0] * sample.clean.shape[1]
-            key = (name, sample.photo, sample.condition.name)
-            if sample.condition.name != "clean":
-                records.append(Record(*key, "INPUT", 0, 0, 0.0, round(psnr(sample.degraded, sample.clean), 4)))
-            for format in PEERS:
-                for quality, size, decoded in peer_points(format, sample.degraded):
-                    value = round(psnr(decoded, sample.clean), 4)
-                    records.append(Record(*key, format, quality, size, round(8 * size / pixels, 5), value))
-        _write(args.results / f"peers-{name}.json", records)
+        _write(args.results / f"peers-{name}.json", _of_each_photo(args, _peers_of, name), args.jobs)
+
+
+def _peers_of(path: Path, index: int, name: str) -> list[Record]:
+    records = []
+    for sample in samples_of(path, index, name):
+        if sample.condition.name != "clean":
+            records.append(Record.of(name, sample, "INPUT", 0, 0, sample.degraded))
+        for format in PEERS:
+            records += [Record.of(name, sample, format, *point) for point in peer_points(format, sample.degraded)]
+    return records
 
 
 def _cascade(args: argparse.Namespace) -> None:
     for name in args.sets:
-        chosen = [s for s in samples(args.photos, name, args.limit) if s.condition.name.startswith("noise-")]
-        if not chosen:
-            continue
-        strengths = {}
-        for condition in dict.fromkeys(sample.condition.name for sample in chosen):
-            tuned_on = [sample for sample in chosen if sample.condition.name == condition][::8]
-            scores = {h: np.mean([psnr(denoised(s.degraded, h), s.clean) for s in tuned_on]) for h in STRENGTHS}
-            strengths[condition] = max(scores, key=lambda h: scores[h])
-            print(condition, {h: round(float(score), 2) for h, score in scores.items()})
-        records = []
-        for sample in tqdm(chosen, desc=f"cascade, {name}"):
-            pixels = sample.clean.shape[0] * sample.clean.shape[1]
+        conditions = [condition.name for condition in SETS[name] if condition.name.startswith("noise-")]
+        if conditions:
+            tuned_on = [s for index, path in list(enumerate(clean_paths(args.photos, name)[: args.limit]))[::8]
+                        for s in samples_of(path, index, name)]  # fmt: skip
+            strengths = {condition: _best_strength(condition, tuned_on) for condition in conditions}
+            records = _of_each_photo(args, partial(_cascade_of, strengths), name)
+            _write(args.results / f"cascade-{name}.json", records, args.jobs)
+
+
+def _best_strength(condition: str, tuned_on: Sequence[Sample]) -> int:
+    chosen = [sample for sample in tuned_on if sample.condition.name == condition]
+    scores = {h: float(np.mean([psnr(denoised(s.degraded, h), s.clean) for s in chosen])) for h in STRENGTHS}
+    print(condition, {h: round(score, 2) for h, score in scores.items()})
+    return max(scores, key=lambda h: scores[h])
+
+
+def _cascade_of(strengths: Mapping[str, int], path: Path, index: int, name: str) -> list[Record]:
+    records = []
+    for sample in samples_of(path, index, name):
+        if sample.condition.name in strengths:
             photo = denoised(sample.degraded, strengths[sample.condition.name])
             for format in ("WEBP", "AVIF"):
-                for quality, size, decoded in peer_points(format, photo):
-                    key = (name, sample.photo, sample.condition.name, f"NLM+{format}")
-                    value = round(psnr(decoded, sample.clean), 4)
-                    records.append(Record(*key, quality, size, round(8 * size / pixels, 5), value))
-        _write(args.results / f"cascade-{name}.json", records)
+                records += [Record.of(name, sample, f"NLM+{format}", *point) for point in peer_points(format, photo)]
+    return records
 
 
 def _model(args: argparse.Namespace) -> None:
-    codec = LimpidCodec(args.store, args.name)
+    model = args.name or read_index(args.store)["default"]
     for name in args.sets:
-        records = []
-        for sample in tqdm(list(samples(args.photos, name, args.limit)), desc=f"{codec.entry['name']}, {name}"):
-            pixels = sample.clean.shape[0] * sample.clean.shape[1]
-            for rate, size, restored in codec.points(sample):
-                value = round(psnr(restored, sample.clean), 4)
-                key = (name, sample.photo, sample.condition.name)
-                records.append(Record(*key, "LIMPID", rate, size, round(8 * size / pixels, 5), value))
-        _write(args.results / f"{codec.entry['name']}-{name}.json", records)
+        records = _of_each_photo(args, partial(_model_of, args.store, model), name)
+        _write(args.results / f"{model}-{name}.json", records, args.jobs)
+
+
+_codec = cache(LimpidCodec)
+"""Of this process."""
+
+
+def _model_of(store: Path, model: str, path: Path, index: int, name: str) -> list[Record]:
+    return [
+        Record.of(name, sample, "LIMPID", *point)
+        for sample in samples_of(path, index, name)
+        for point in _codec(store, model).points(sample)
+    ]
 
 
 def _naming(args: argparse.Namespace) -> None:
@@ -187,6 +210,8 @@ def main() -> None:
             sub.add_argument("--photos", type=Path, required=True, help="folder that holds the sets as subfolders")
             if command in ("peers", "cascade", "model"):
                 sub.add_argument("--sets", nargs="+", default=list(MEASURED), choices=list(SETS))
+                at_once = 1 if pick_device("auto").type == "cuda" else os.cpu_count()
+                sub.add_argument("--jobs", type=int, default=at_once, help="processes at a time")
             if command == "features":
                 sub.add_argument("--photo", type=Path, help="the photo of the maps")
             sub.add_argument("--limit", type=int, help="only the first photos of each set")

@@ -27,9 +27,9 @@ PEERS: dict[str, tuple[int, ...]] = {
 _OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"optimize": True},
     "WEBP": {"method": 4},
-    "AVIF": {"speed": 6, "subsampling": "4:2:0"},
+    "AVIF": {"speed": 6, "subsampling": "4:2:0", "max_threads": 1},
 }
-"""Pillow's defaults, which gateways will use, but for JPEG's optimised Huffman tables."""
+"""Pillow's defaults, which gateways will use, but for JPEG's optimised Huffman tables and one thread."""
 
 
 class LimpidCodec:

@@ -130,17 +130,12 @@ def uploaded(path: Path, clean: Photo, index: int, condition: str) -> Photo:
     return read_rgb(other)
 
 
-def samples(root: Path, name: str, limit: int | None = None) -> Iterator[Sample]:
-    """Every photo of a set under every condition of it.
-
-    Raises:
-        ValueError: the set is not below root.
-    """
-    for index, path in enumerate(clean_paths(root, name)[:limit]):
-        clean = read_rgb(path)
-        for condition in SETS[name]:
-            degraded = uploaded(path, clean, index, condition.name)
-            yield Sample(path.stem.removesuffix("_clean"), condition, clean, degraded)
+def samples_of(path: Path, index: int, name: str) -> Iterator[Sample]:
+    """The photo at `index` of its sorted set under every condition of it."""
+    clean = read_rgb(path)
+    for condition in SETS[name]:
+        degraded = uploaded(path, clean, index, condition.name)
+        yield Sample(path.stem.removesuffix("_clean"), condition, clean, degraded)
 
 
 def read_rgb(path: Path) -> Photo:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from model_store.evaluation.conditions import Photo, Sample, psnr
+
 
 @dataclass(frozen=True)
 class Record:
@@ -24,6 +26,13 @@ class Record:
     bytes: int
     bpp: float
     psnr: float
+
+    @classmethod
+    def of(cls, set: str, sample: Sample, codec: str, setting: int, size: int, decoded: Photo) -> Record:
+        """Of a photo that a codec gave back, from a file of `size` bytes."""
+        bpp = round(8 * size / (sample.clean.shape[0] * sample.clean.shape[1]), 5)
+        value = round(psnr(decoded, sample.clean), 4)
+        return cls(set, sample.photo, sample.condition.name, codec, setting, size, bpp, value)
 
 
 @dataclass(frozen=True)

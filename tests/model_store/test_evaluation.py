@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from model_store.evaluation import trials
+from model_store.evaluation.__main__ import main
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
 from model_store.evaluation.conditions import degraded_photo, psnr
-from model_store.evaluation.rate_distortion import Curve, Record, bd_rate, curves, frontier
+from model_store.evaluation.rate_distortion import Curve, Record, bd_rate, curves, frontier, read_records
 from model_store.evaluation.tables import plot, published_table, table
 from service.codec.bitstream import Degradation, DegradationKind
 from service.engine import Photo
@@ -142,6 +143,27 @@ def test_a_peer_is_a_real_file_of_the_photo(parrots: Photo, format: str) -> None
 def test_what_is_measured_on_stays_what_it_was(parrots: Photo, condition: str, value: float) -> None:
     """Results of another day are compared with these: a changed draw would make them lies."""
     assert psnr(degraded_photo(parrots, 3, condition), parrots) == pytest.approx(value, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "codecs"),
+    [("peers", "peers-rain.json", {"INPUT", *PEERS}), ("model", "edge-8-rain.json", {"LIMPID"})],
+)
+def test_every_photo_is_measured_by_processes_of_their_own(
+    tmp_path: Path, parrots: Photo, monkeypatch: pytest.MonkeyPatch, command: str, file: str, codecs: set[str]
+) -> None:
+    (tmp_path / "rain").mkdir()
+    for name in "ab":
+        for kind in ("clean", "rain"):
+            Image.fromarray(parrots[:48, :64]).save(tmp_path / "rain" / f"{name}_{kind}.png")
+    options = ["--photos", str(tmp_path), "--results", str(tmp_path), "--sets", "rain", "--jobs", "2"]
+    monkeypatch.setattr("sys.argv", ["evaluation", command, *options, *(["--name", "edge-8"] * (command == "model"))])
+    main()
+    measured = read_records([tmp_path / file])
+    assert {record.codec for record in measured} == codecs
+    assert [record.photo for record in measured] == sorted(record.photo for record in measured)
+    assert {record.photo for record in measured} == {"a", "b"}
+    assert all(record.bpp == pytest.approx(8 * record.bytes / (48 * 64), abs=1e-5) for record in measured)
 
 
 def test_naming_counts_the_first_name_of_a_kind(tmp_path: Path, parrots: Photo) -> None:
