@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from service.errors import KINDS
+from service.settings import Settings
+from service.state import Service
 from tests.conftest import copied_store, image_bytes, noisy, other_store, photo
 from tests.served import served
 
@@ -123,3 +125,40 @@ def test_links_between_pages_lead_somewhere() -> None:
 def test_every_kind_of_problem_is_documented() -> None:
     text = (ROOT / "docs/http-api.md").read_text()
     assert [kind.slug for kind in KINDS if f"`{kind.slug}`" not in text] == []
+
+
+def shown(value: object) -> str:
+    """A setting's default as the README writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value or (value if value == 0 else ""))
+
+
+def test_every_setting_and_its_default_is_documented() -> None:
+    rows = re.findall(r"^\| (`LIMPID_[^|]*)\|([^|]*)\|", (ROOT / "README.md").read_text(), re.M)
+    told = {
+        name: default.strip("`")
+        for names, defaults in rows
+        for name, default in zip(re.findall(r"`(\w+)`", names), defaults.strip().split(", "))
+    }
+    fields = {f"LIMPID_{name.upper()}": field.default for name, field in Settings.model_fields.items()}
+    fields["LIMPID_STORE"] = "model_store"
+    assert told == {name: shown(default) for name, default in fields.items()}
+
+
+def test_every_series_is_documented() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    names = [family.name for family in Service(Settings()).metrics.registry.collect()]
+    ours = [name.removeprefix("limpid_") for name in names if name.startswith("limpid_")]
+    assert len(ours) > 15
+    assert [name for name in ours if f"`{name}" not in page] == []
+
+
+def test_every_command_is_documented() -> None:
+    pages = "\n".join((ROOT / page).read_text() for page in PAGES)
+    commands = re.findall(r"add_parser\(\"(\w+)\"", (ROOT / "service/cli.py").read_text())
+    assert len(commands) > 8
+    assert [name for name in commands if not re.search(rf"limpid (store )?{name}\b", pages)] == []
+
+
+def test_the_costs_in_the_readme_are_counted() -> None:
+    done = subprocess.run([sys.executable, "-m", "service.codec.cost"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in (ROOT / "README.md").read_text()
