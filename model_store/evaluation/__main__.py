@@ -16,20 +16,17 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict
-from functools import cache, partial
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
-from model_store.evaluation.conditions import MEASURED, SETS, Sample, clean_paths, psnr, samples_of
+from model_store.evaluation.codecs import LimpidCodec
+from model_store.evaluation.conditions import MEASURED, SETS
 from model_store.evaluation.features import Watched, draw_embedding, draw_maps
+from model_store.evaluation.measuring import best_strengths, cascade_of, is_gaussian, model_of, of_each_photo, peers_of
 from model_store.evaluation.rate_distortion import Record, curves, read_records
 from model_store.evaluation.tables import plot, published_table, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
@@ -39,9 +36,6 @@ from service.codec.device import pick_device, transform_precision
 
 STORE = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-
-STRENGTHS = (5, 8, 11, 14, 18, 23, 28, 34, 42, 52)
-"""What the cascade's denoiser is tuned over, on every eighth photo of a set, for each condition."""
 
 
 def _write(path: Path, records: Iterable[Record], jobs: int) -> None:
@@ -62,74 +56,28 @@ def _relative(argument: str) -> str:
     return os.path.relpath(argument) if argument.startswith("/") else argument
 
 
-def _of_each_photo(args: argparse.Namespace, work: Callable[[Path, int, str], list[Record]], name: str) -> list[Record]:
-    """What `work` finds of the path, the index and the set of each photo, in `--jobs` processes of a thread each."""
-    paths = clean_paths(args.photos, name)[: args.limit]
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        found = pool.map(work, paths, range(len(paths)), [name] * len(paths))
-        return [record for records in tqdm(found, f"{args.command}, {name}", len(paths)) for record in records]
-
-
 def _peers(args: argparse.Namespace) -> None:
     for name in args.sets:
-        _write(args.results / f"peers-{name}.json", _of_each_photo(args, _peers_of, name), args.jobs)
-
-
-def _peers_of(path: Path, index: int, name: str) -> list[Record]:
-    records = []
-    for sample in samples_of(path, index, name):
-        if sample.condition.name != "clean":
-            records.append(Record.of(name, sample, "INPUT", 0, 0, sample.degraded))
-        for format in PEERS:
-            records += [Record.of(name, sample, format, *point) for point in peer_points(format, sample.degraded)]
-    return records
+        _write(
+            args.results / f"peers-{name}.json",
+            of_each_photo(args.photos, name, peers_of, args.jobs, args.limit),
+            args.jobs,
+        )
 
 
 def _cascade(args: argparse.Namespace) -> None:
     for name in args.sets:
-        conditions = [condition.name for condition in SETS[name] if condition.name.startswith("noise-")]
-        if conditions:
-            tuned_on = [s for index, path in list(enumerate(clean_paths(args.photos, name)[: args.limit]))[::8]
-                        for s in samples_of(path, index, name)]  # fmt: skip
-            strengths = {condition: _best_strength(condition, tuned_on) for condition in conditions}
-            records = _of_each_photo(args, partial(_cascade_of, strengths), name)
+        if any(is_gaussian(condition) for condition in SETS[name]):
+            strengths = best_strengths(args.photos, name, args.limit)
+            records = of_each_photo(args.photos, name, partial(cascade_of, strengths), args.jobs, args.limit)
             _write(args.results / f"cascade-{name}.json", records, args.jobs)
-
-
-def _best_strength(condition: str, tuned_on: Sequence[Sample]) -> int:
-    chosen = [sample for sample in tuned_on if sample.condition.name == condition]
-    scores = {h: float(np.mean([psnr(denoised(s.degraded, h), s.clean) for s in chosen])) for h in STRENGTHS}
-    print(condition, {h: round(score, 2) for h, score in scores.items()})
-    return max(scores, key=lambda h: scores[h])
-
-
-def _cascade_of(strengths: Mapping[str, int], path: Path, index: int, name: str) -> list[Record]:
-    records = []
-    for sample in samples_of(path, index, name):
-        if sample.condition.name in strengths:
-            photo = denoised(sample.degraded, strengths[sample.condition.name])
-            for format in ("WEBP", "AVIF"):
-                records += [Record.of(name, sample, f"NLM+{format}", *point) for point in peer_points(format, photo)]
-    return records
 
 
 def _model(args: argparse.Namespace) -> None:
     model = args.name or read_index(args.store)["default"]
     for name in args.sets:
-        records = _of_each_photo(args, partial(_model_of, args.store, model), name)
+        records = of_each_photo(args.photos, name, partial(model_of, args.store, model), args.jobs, args.limit)
         _write(args.results / f"{model}-{name}.json", records, args.jobs)
-
-
-_codec = cache(LimpidCodec)
-"""Of this process."""
-
-
-def _model_of(store: Path, model: str, path: Path, index: int, name: str) -> list[Record]:
-    return [
-        Record.of(name, sample, "LIMPID", *point)
-        for sample in samples_of(path, index, name)
-        for point in _codec(store, model).points(sample)
-    ]
 
 
 def _naming(args: argparse.Namespace) -> None:

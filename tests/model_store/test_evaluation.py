@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +15,6 @@ import torch
 from PIL import Image
 
 from model_store.evaluation import trials
-from model_store.evaluation.__main__ import main
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
 from model_store.evaluation.conditions import degraded_photo, psnr
 from model_store.evaluation.rate_distortion import Curve, Record, bd_rate, curves, frontier, read_records
@@ -150,15 +151,15 @@ def test_what_is_measured_on_stays_what_it_was(parrots: Photo, condition: str, v
     [("peers", "peers-rain.json", {"INPUT", *PEERS}), ("model", "edge-8-rain.json", {"LIMPID"})],
 )
 def test_every_photo_is_measured_by_processes_of_their_own(
-    tmp_path: Path, parrots: Photo, monkeypatch: pytest.MonkeyPatch, command: str, file: str, codecs: set[str]
+    tmp_path: Path, parrots: Photo, command: str, file: str, codecs: set[str]
 ) -> None:
     (tmp_path / "rain").mkdir()
     for name in "ab":
         for kind in ("clean", "rain"):
             Image.fromarray(parrots[:48, :64]).save(tmp_path / "rain" / f"{name}_{kind}.png")
-    options = ["--photos", str(tmp_path), "--results", str(tmp_path), "--sets", "rain", "--jobs", "2"]
-    monkeypatch.setattr("sys.argv", ["evaluation", command, *options, *(["--name", "edge-8"] * (command == "model"))])
-    main()
+    options = ["--photos", tmp_path, "--results", tmp_path, "--sets", "rain", "--jobs", "2"]
+    named = ["--name", "edge-8"] if command == "model" else []
+    subprocess.run([sys.executable, "-m", "model_store.evaluation", command, *options, *named], check=True)
     measured = read_records([tmp_path / file])
     assert {record.codec for record in measured} == codecs
     assert [record.photo for record in measured] == sorted(record.photo for record in measured)
