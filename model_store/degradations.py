@@ -380,7 +380,7 @@ def degrade_measured(
         The photos, and for each the MSE that each of its kinds added to what it was given.
     """
     out = x.clone()
-    harm: list[dict[Kind, float]] = [{} for _ in kinds]
+    added_mse: list[dict[Kind, float]] = [{} for _ in kinds]
     for kind, make in MAKERS.items():
         chosen = [index for index, listed in enumerate(kinds) if kind in listed]
         if chosen:
@@ -389,5 +389,5 @@ def degrade_measured(
             after = (make(before, draw, ranges).clamp(0, 1) * 255).round() / 255
             out[chosen] = after
             for index, mse in zip(chosen, (after - before).square().mean((1, 2, 3)).tolist()):
-                harm[index][kind] = mse
-    return out, harm
+                added_mse[index][kind] = mse
+    return out, added_mse

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model_store.degradations import TRAINING, Kind, degrade_measured
-from model_store.training.photos import PhotoPool, toned
+from model_store.training.photos import PhotoPool, tone_jittered
 from service.codec.config import RATE_POINTS
 
 KIND_SHARES: dict[Kind, float] = {
@@ -37,23 +37,23 @@ class Batch:
     clean: Tensor
     rate: Tensor
     kinds: list[tuple[Kind, ...]]
-    harm: list[dict[Kind, float]]
+    added_mse: list[dict[Kind, float]]
 
 
 class Batches:
     """Endless batches; all randomness comes from two generators whose state a checkpoint keeps.
 
     Args:
-        alike: one kind per batch. A hazy photo's gradient is 13 times as long as a clean one's; of both in one batch,
+        one_kind: per batch. A hazy photo's gradient is 13 times as long as a clean one's; of both in one batch,
             clipped, next to nothing of the latter would be left.
     """
 
     def __init__(
         self, pool: PhotoPool, size: int, crop: int, device: torch.device, seed: int,
-        shares: Mapping[Kind, float] = KIND_SHARES, alike: bool = False,
+        shares: Mapping[Kind, float] = KIND_SHARES, one_kind: bool = False,
     ) -> None:  # fmt: skip
         self.pool, self.size, self.crop, self.device = pool, size, crop, device
-        self.shares, self.alike = shares, alike
+        self.shares, self.one_kind = shares, one_kind
         self.choices = torch.Generator().manual_seed(seed)
         self.damage = torch.Generator(device).manual_seed(seed + 1)
         cuda = device.type == "cuda"
@@ -97,12 +97,12 @@ class Batches:
             yield batch
 
     def _drawn(self) -> Batch:
-        clean = toned(self.pool.crops(self.size, self.crop, self.choices), self.choices)
-        kinds = [self._kinds()] * self.size if self.alike else [self._kinds() for _ in range(self.size)]
+        clean = tone_jittered(self.pool.crops(self.size, self.crop, self.choices), self.choices)
+        kinds = [self._kinds()] * self.size if self.one_kind else [self._kinds() for _ in range(self.size)]
         # Stratified: every batch spreads over the rate points.
         start = torch.rand(1, generator=self.choices)
         spread = (torch.arange(self.size) + start) / self.size
         rate = (spread * RATE_POINTS).long().clamp_max(RATE_POINTS - 1)
         rate = rate[torch.randperm(self.size, generator=self.choices)].to(self.device)
-        degraded, harm = degrade_measured(clean, kinds, self.damage, TRAINING)
-        return Batch(degraded, clean, rate, kinds, harm)
+        degraded, added_mse = degrade_measured(clean, kinds, self.damage, TRAINING)
+        return Batch(degraded, clean, rate, kinds, added_mse)

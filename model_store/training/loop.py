@@ -54,13 +54,13 @@ def _groups(model: TrainableCodec, schedule: Schedule) -> list[dict[str, object]
     return [{"params": transforms, "base": schedule.lr}, {"params": prior, "base": schedule.prior_lr}]
 
 
-def _told(sums: Tensor, pictures: bool) -> dict[str, float]:
+def _told(sums: Tensor, train_transforms: bool) -> dict[str, float]:
     """A line of the log from a `Step`'s sums."""
     line = dict(zip(FIGURES, sums.tolist()))
     count, clean = line.pop("count"), line.pop("clean")
     means = {name: value / (clean if name.startswith("clean") else count) for name, value in line.items()
              if clean or not name.startswith("clean")}  # fmt: skip
-    return {name: value for name, value in means.items() if pictures or not name.endswith("psnr")}
+    return {name: value for name, value in means.items() if train_transforms or not name.endswith("psnr")}
 
 
 def _forget_after(step: int, log: Path) -> None:
@@ -100,7 +100,7 @@ def train(
     """
     check_crop(crop)
     where = pick_device(device or "auto")
-    halved = transform_precision(where) == "bfloat16"  # emulated where the hardware lacks it: ten times slower
+    bf16 = transform_precision(where) == "bfloat16"  # emulated where the hardware lacks it: ten times slower
     run.mkdir(parents=True, exist_ok=True)
     path = run / "checkpoint.pt"
     torch.manual_seed(seed)
@@ -108,8 +108,8 @@ def train(
     model = TrainableCodec(CONFIGS[size]).to(where)
     model.to(memory_format=torch.channels_last)
     names = [name for name, _ in model.named_parameters()]
-    resting = [name for name in names if not re.match(only, name)]
-    if len(resting) == len(names):
+    frozen = [name for name in names if not re.match(only, name)]
+    if len(frozen) == len(names):
         raise ValueError(f"expected a pattern of names of parameters, got {only}")
     if not path.exists():
         if start_from:
@@ -118,14 +118,16 @@ def train(
             warm_start(model, pool)
     if prepare:
         prepare(model)
-    for name in resting:
+    for name in frozen:
         model.get_parameter(name).requires_grad_(False)
-    pictures = any(parameter.requires_grad for part in (model.g_a, model.g_s) for parameter in part.parameters())
+    train_transforms = any(
+        parameter.requires_grad for part in (model.g_a, model.g_s) for parameter in part.parameters()
+    )
     captured = where.type == "cuda"
     optimizer = torch.optim.AdamW(
         _groups(model, schedule), betas=(0.9, 0.98), weight_decay=0.01, fused=True, capturable=captured
     )
-    batches, ema = Batches(pool, batch, crop, where, seed, alike=True), Ema(model)
+    batches, ema = Batches(pool, batch, crop, where, seed, one_kind=True), Ema(model)
     step, seconds = 0, 0.0
     if path.exists():
         state = torch.load(path, map_location=where, weights_only=True)
@@ -150,7 +152,7 @@ def train(
         step, seconds = state["step"], state["seconds"]
         if seconds >= 60 * schedule.minutes:
             return path
-    if compiled and halved:  # in float32 on a CPU, what is compiled is a sixth slower (measured with AVX2)
+    if compiled and bf16:  # in float32 on a CPU, what is compiled is a sixth slower (measured with AVX2)
         compile_blocks(model)
         if captured:
             compile_prior(model)
@@ -175,7 +177,7 @@ def train(
     bar = tqdm(total=round(60 * schedule.minutes), initial=round(seconds), unit="s", dynamic_ncols=True, mininterval=1)
     last, saved = time.monotonic(), time.monotonic()
     model.train()
-    learn = Step(model, optimizer, pictures, halved)
+    learn = Step(model, optimizer, train_transforms, bf16)
     for data in batches:
         factor = schedule.factor(seconds, step)
         for group in optimizer.param_groups:
@@ -189,7 +191,7 @@ def train(
         bar.update(round(seconds) - bar.n)
         done = seconds >= 60 * schedule.minutes
         if done or step % LOG_EVERY == 0:
-            line = _told(learn.sums, pictures)
+            line = _told(learn.sums, train_transforms)
             learn.sums.zero_()
             log.write(json.dumps({"step": step, "seconds": round(seconds), "lr": factor * schedule.lr, **line}) + "\n")
             log.flush()

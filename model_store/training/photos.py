@@ -46,11 +46,11 @@ def load_photo(path: Path) -> Tensor | None:
         return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).contiguous()
 
 
-def _halved(photo: Tensor) -> Tensor:
+def _downsampled(photo: Tensor) -> Tensor:
     return F.avg_pool2d(photo[None].float(), 2)[0].round().to(torch.uint8)
 
 
-def toned(x: Tensor, generator: torch.Generator, share: float = 0.35) -> Tensor:
+def tone_jittered(x: Tensor, generator: torch.Generator, share: float = 0.35) -> Tensor:
     """A share of clean crops (B, 3, H, W) darker, brighter or flatter than they were, and still clean.
 
     A dull sky or a dim room is no degradation; without these a model learns to brighten and stretch whatever is flat.
@@ -73,7 +73,7 @@ class PhotoPool:
         with ThreadPoolExecutor() as pool:
             photos = [photo for photo in pool.map(load_photo, photo_paths(folder)) if photo is not None]
         self.photos = [photo.to(device) for photo in photos if min(photo.shape[1:]) >= crop]
-        self.photos += [_halved(photo) for photo in self.photos if min(photo.shape[1:]) >= 2 * crop]
+        self.photos += [_downsampled(photo) for photo in self.photos if min(photo.shape[1:]) >= 2 * crop]
         if not self.photos:
             raise ValueError(f"expected photographs of at least {crop}x{crop} below {folder}, found none")
         self.weights = torch.tensor([float(photo.shape[1] * photo.shape[2]) ** 0.5 for photo in self.photos])

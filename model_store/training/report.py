@@ -82,10 +82,10 @@ def encoder_of(weights: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(save(encoder)).hexdigest()
 
 
-def targets(harm: list[dict[Kind, float]]) -> tuple[Tensor, Tensor, Tensor]:
+def targets(added_mse: list[dict[Kind, float]]) -> tuple[Tensor, Tensor, Tensor]:
     """From the MSE that every kind did: presence, strength and whether presence counts, each (B, 7)."""
-    mse = torch.zeros(len(harm), len(KINDS))
-    for row, kinds in enumerate(harm):
+    mse = torch.zeros(len(added_mse), len(KINDS))
+    for row, kinds in enumerate(added_mse):
         for kind, value in kinds.items():
             mse[row, KINDS.index(REPORTED_AS[kind])] += value
     psnr = -10 * mse.clamp_min(1e-9).log10()
@@ -153,7 +153,7 @@ def train_report(
         optimizer.param_groups[0]["lr"] = 3e-3 * max(0.02, min((step + 1) / 50, 1 - seconds / (60 * minutes)))
         data = next(batches)
         features = [x.half() for x in _seen(g_a, data.degraded, data.rate)]
-        lessons.append(_Lesson(features, *(one.to(device) for one in targets(data.harm))))
+        lessons.append(_Lesson(features, *(one.to(device) for one in targets(data.added_mse))))
         loss = _learn(head, optimizer, lessons[-1])
         mean = 0.98 * mean + 0.02 * loss if step else loss
         for index in torch.randint(len(lessons), (_REPLAYS,)).tolist():

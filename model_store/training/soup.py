@@ -114,22 +114,22 @@ def soup(
     """
     check_crop(crop)
     where = pick_device(device or "auto")
-    halved = transform_precision(where) == "bfloat16"
+    bf16 = transform_precision(where) == "bfloat16"
     torch.manual_seed(seed)
     state = torch.load(start, map_location="cpu", weights_only=True)
     config = CONFIGS[state["size"]]
     model = TrainableCodec(config).to(where).train()
     model.to(memory_format=torch.channels_last)
     mixed = Soup(model, weights_to_start_from(start, config), [weights_to_start_from(path, config) for path in others])
-    if compiled and halved:
+    if compiled and bf16:
         compile_blocks(model)
     optimizer = torch.optim.Adam([mixed.shares], betas=(0.9, 0.98))
     mean = mixed.shares.detach().clone()
-    batches = Batches(PhotoPool(photos, crop, where), batch, crop, where, seed, alike=True)
+    batches = Batches(PhotoPool(photos, crop, where), batch, crop, where, seed, one_kind=True)
     bar = tqdm(total=round(60 * minutes), unit="s", mininterval=1)
     began, steps = time.monotonic(), 0
     for count, data in enumerate(batches, 1):
-        with torch.autocast(where.type, torch.bfloat16, enabled=halved):
+        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
             out = model(data.degraded, data.rate)
         model.zero_grad(set_to_none=True)
         loss = costs(out, data.clean, data.rate)[0].log().mean()

@@ -66,15 +66,17 @@ class Step:
     """Steps of one model, all on batches of one shape.
 
     Args:
-        pictures: whether g_a or g_s learns; else the entropy model learns alone, in a fraction of the time.
-        halved: bfloat16 autocast.
+        train_transforms: whether g_a or g_s learns; else the entropy model learns alone, in a fraction of the time.
+        bf16: bfloat16 autocast.
 
     Attributes:
         sums: (len(FIGURES),), of the steps since it was last zeroed.
     """
 
-    def __init__(self, model: TrainableCodec, optimizer: torch.optim.Optimizer, pictures: bool, halved: bool) -> None:
-        self.model, self.optimizer, self.pictures, self.halved = model, optimizer, pictures, halved
+    def __init__(
+        self, model: TrainableCodec, optimizer: torch.optim.Optimizer, train_transforms: bool, bf16: bool
+    ) -> None:
+        self.model, self.optimizer, self.train_transforms, self.bf16 = model, optimizer, train_transforms, bf16
         self.device = next(model.parameters()).device
         self.sums = torch.zeros(len(FIGURES), device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -116,8 +118,8 @@ class Step:
         return graph
 
     def _run(self, degraded: Tensor, clean: Tensor, rate: Tensor, clean_share: Tensor) -> None:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.halved, cache_enabled=False):
-            out = self.model(degraded, rate) if self.pictures else self.model.code(degraded, rate)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            out = self.model(degraded, rate) if self.train_transforms else self.model.code(degraded, rate)
         cost, bpp, psnr = costs(out, clean, rate)
         z_bpp = out.z_bits.mean() / (clean.shape[2] * clean.shape[3])
         unsteadiness = _unsteadiness(self.model, out, rate)

@@ -32,13 +32,15 @@ def keep_weights(checkpoint: Path, path: Path) -> None:
     """
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     mean: dict[str, Tensor] = state["ema"]
-    halved = {name: value.half().contiguous() if value.is_floating_point() else value for name, value in mean.items()}
-    for name, value in halved.items():
+    as_float16 = {
+        name: value.half().contiguous() if value.is_floating_point() else value for name, value in mean.items()
+    }
+    for name, value in as_float16.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"expected weights within float16, {name} reaches {float(mean[name].abs().max()):g}")
     path.parent.mkdir(parents=True, exist_ok=True)
     low, high = trained_lambdas(state["record"])
-    save_file(halved, path, {_LOW: str(low), _HIGH: str(high)})
+    save_file(as_float16, path, {_LOW: str(low), _HIGH: str(high)})
 
 
 def write_mixed(state: Mapping[str, Any], weights: Mapping[str, Tensor], output: Path, **told: str) -> None:

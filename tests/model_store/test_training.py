@@ -173,12 +173,12 @@ def test_a_run_with_other_lambdas_is_not_resumed(photos: Path, tmp_path: Path, m
 
 def test_a_batch_of_one_kind_spreads_over_the_rate_points(photos: Path) -> None:
     pool = PhotoPool(photos, 64, CPU)
-    alike, mixed = (islice(Batches(pool, 4, 64, CPU, seed=1, alike=alike), 12) for alike in (True, False))
+    alike, mixed = (islice(Batches(pool, 4, 64, CPU, seed=1, one_kind=one_kind), 12) for one_kind in (True, False))
     kinds = [set(data.kinds) for data in alike]
     assert {len(one) for one in kinds} == {1}
     assert len(set.union(*kinds)) > 3
     assert max(len(set(data.kinds)) for data in mixed) > 2
-    data = next(iter(Batches(pool, 4, 64, CPU, seed=2, alike=True)))
+    data = next(iter(Batches(pool, 4, 64, CPU, seed=2, one_kind=True)))
     assert sorted((data.rate // 2).tolist()) == [0, 1, 2, 3]
 
 

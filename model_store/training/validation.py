@@ -1,4 +1,4 @@
-"""`python -m model_store.training.exam`: weights of a run on the photos of the evaluation, in minutes instead of hours.
+"""`python -m model_store.training.validation`: weights of a run on photos of the evaluation, in minutes, not hours.
 
 Rates are estimated and most photos are cut to their centres, so the figures serve to compare weights with each other;
 what a model is worth is told by `model_store.evaluation`, after its export. Haze and low light are judged by the whole
@@ -38,7 +38,7 @@ CROP = (384, 512)
 
 
 @dataclass(frozen=True)
-class Question:
+class Case:
     """A condition of a set, every `every`-th photo of it, its centre or all of it, at some rate points."""
 
     set: str
@@ -54,16 +54,16 @@ class Question:
 
 _TWO = (5, 7)
 
-QUESTIONS = (
-    Question("kodak", "clean", 1, EVEN_RATES),
-    Question("kodak", "noise-25", 3, EVEN_RATES),
-    Question("kodak", "sensor-3", 3, EVEN_RATES),
-    Question("kodak", "rain", 1, EVEN_RATES),
-    Question("kodak", "snow", 3, EVEN_RATES),
-    Question("kodak", "haze", 1, EVEN_RATES, whole=True),
-    Question("kodak", "low-light", 1, EVEN_RATES, whole=True),
-    Question("rain", "pairs", 1, _TWO),
-    Question("cc15", "pairs", 1, _TWO),
+CASES = (
+    Case("kodak", "clean", 1, EVEN_RATES),
+    Case("kodak", "noise-25", 3, EVEN_RATES),
+    Case("kodak", "sensor-3", 3, EVEN_RATES),
+    Case("kodak", "rain", 1, EVEN_RATES),
+    Case("kodak", "snow", 3, EVEN_RATES),
+    Case("kodak", "haze", 1, EVEN_RATES, whole=True),
+    Case("kodak", "low-light", 1, EVEN_RATES, whole=True),
+    Case("rain", "pairs", 1, _TWO),
+    Case("cc15", "pairs", 1, _TWO),
 )
 
 
@@ -74,34 +74,34 @@ def _centre(photo: Photo, most: tuple[int, ...]) -> Photo:
     return photo[top : top + height, left : left + width]
 
 
-def photos_of(root: Path, question: Question) -> Iterator[tuple[Photo, Photo]]:
+def photos_of(root: Path, case: Case) -> Iterator[tuple[Photo, Photo]]:
     """Degraded and clean photos, or their centres."""
-    for index, path in list(enumerate(clean_paths(root, question.set)))[:: question.every]:
+    for index, path in list(enumerate(clean_paths(root, case.set)))[:: case.every]:
         clean = read_rgb(path)
-        most = clean.shape[:2] if question.whole else CROP
-        yield _centre(uploaded(path, clean, index, question.condition), most), _centre(clean, most)
+        most = clean.shape[:2] if case.whole else CROP
+        yield _centre(uploaded(path, clean, index, case.condition), most), _centre(clean, most)
 
 
 @torch.inference_mode()
-def sit(model: TrainableCodec, root: Path) -> dict[str, Curve]:
-    """A question's name to the means over its photos: estimated bits per pixel, and PSNR of 8-bit RGB in dB."""
+def validate(model: TrainableCodec, root: Path) -> dict[str, Curve]:
+    """A case's name to the means over its photos: estimated bits per pixel, and PSNR of 8-bit RGB in dB."""
     device = next(model.parameters()).device
-    halved = transform_precision(device) == "bfloat16"
+    bf16 = transform_precision(device) == "bfloat16"
     model.eval().to(memory_format=torch.channels_last)
-    answers = {}
-    for question in tqdm(QUESTIONS, desc="exam"):
-        points: dict[int, list[tuple[float, float]]] = {rate: [] for rate in question.rates}
-        for degraded, clean in photos_of(root, question):
+    found = {}
+    for case in tqdm(CASES, desc="validation"):
+        points: dict[int, list[tuple[float, float]]] = {rate: [] for rate in case.rates}
+        for degraded, clean in photos_of(root, case):
             x = as_tensor(degraded).to(device)
             for point, seen in points.items():
-                with torch.autocast(device.type, torch.bfloat16, enabled=halved):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     out = model(x, torch.tensor([point - 1], device=device))
                 bits = float(out.y_bits + out.z_bits)
                 seen.append((bits / (x.shape[2] * x.shape[3]), psnr(as_photo(out.x_hat[0].float().clamp(0, 1)), clean)))
         means = [np.mean(seen, axis=0).tolist() for seen in points.values()]
         bpp, quality = zip(*means)
-        answers[question.name] = Curve(bpp, quality, question.rates)
-    return answers
+        found[case.name] = Curve(bpp, quality, case.rates)
+    return found
 
 
 def gains(curve: Curve, anchor: Curve) -> list[float]:
@@ -116,7 +116,7 @@ def compared(curve: Curve, anchor: Curve) -> str:
         ValueError: they are of different rate points.
     """
     if tuple(curve.setting) != tuple(anchor.setting):
-        raise ValueError(f"expected an exam at the rate points {curve.setting}, got {anchor.setting}")
+        raise ValueError(f"expected a validation at the rate points {curve.setting}, got {anchor.setting}")
     told = ""
     if len(curve.bpp) > 2:
         told = f"{' '.join(f'{gain:+.2f}' for gain in gains(curve, anchor))} dB at its bits; "
@@ -128,20 +128,20 @@ def compared(curve: Curve, anchor: Curve) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m model_store.training.exam", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m model_store.training.validation", description=__doc__)
     parser.add_argument("weights", type=Path, help="a checkpoint.pt, or a file of states/")
     parser.add_argument("--photos", type=Path, required=True, help="folder that holds the sets as subfolders")
     parser.add_argument("--size", choices=sorted(CONFIGS), default="edge")
     parser.add_argument("--output", type=Path, help="JSON to write")
-    parser.add_argument("--against", type=Path, help="JSON of an earlier exam")
+    parser.add_argument("--against", type=Path, help="JSON of an earlier one")
     args = parser.parse_args()
     model = TrainableCodec(CONFIGS[args.size]).to(pick_device("auto"))
     model.load_state_dict(weights_to_start_from(args.weights, model.config))
-    answers = sit(model, args.photos)
+    found = validate(model, args.photos)
     anchors = json.loads(args.against.read_text()) if args.against else {}
     if args.output:
-        args.output.write_text(json.dumps({name: asdict(curve) for name, curve in answers.items()}, indent=1) + "\n")
-    for name, curve in answers.items():
+        args.output.write_text(json.dumps({name: asdict(curve) for name, curve in found.items()}, indent=1) + "\n")
+    for name, curve in found.items():
         points = ", ".join(f"{q:.2f} dB at {b:.3f}" for b, q in zip(curve.bpp, curve.psnr))
         print(f"{name}: {compared(curve, Curve(**anchors[name])) if name in anchors else points}")
 
