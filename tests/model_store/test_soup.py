@@ -45,7 +45,10 @@ def test_shares_go_towards_the_better_weights(photos: Path, tmp_path: Path, monk
     torch.save(state, bright := tmp_path / "bright" / "checkpoint.pt")
     monkeypatch.setitem(CONFIGS, "tiny", TINY)
     output = tmp_path / "soup" / "checkpoint.pt"
-    shares = soup(bright, [good], photos, output, minutes=0.1, lr=0.1, batch=2, crop=64, device="cpu", compiled=False)
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("model_store.training.soup.time.monotonic", lambda: float(next(ticks)))  # a second per batch
+    shares = soup(bright, [good], photos, output, minutes=1, lr=0.1, batch=2, crop=64, device="cpu", compiled=False)
+    monkeypatch.undo()
     assert shares["g_s.head"][0] > 0.1
     assert all(values == [0.0] for block, values in shares.items() if block != "g_s.head")  # they are alike
     name = "g_s.head.conv.bias"
