@@ -146,8 +146,12 @@ def test_info_and_compare_say_what_is_there(tmp_path: Path, parrots: Photo, caps
     assert main(["compare", str(tmp_path / "in.png"), str(tmp_path / "in.lmp")]) == 0
     said = capsys.readouterr()
     size = (tmp_path / "in.lmp").stat().st_size
-    assert f"{size} (" in said.out
-    assert " dB" in said.out
+    ratio = (tmp_path / "in.png").stat().st_size / size
+    assert f"{size} ({ratio:.1f} times smaller)" in said.out
+    assert f"-> {8 * size / parrots[..., 0].size:.3f}" in said.out
+    assert main(["decompress", str(tmp_path / "in.lmp"), "-o", str(tmp_path / "out.png")]) == 0
+    restored = read_photo((tmp_path / "out.png").read_bytes(), 10**6)
+    assert f" {psnr(restored, parrots):.2f} dB" in said.out
 
 
 def test_a_server_does_the_work(tmp_path: Path, parrots: Photo, capsys: Lines) -> None:

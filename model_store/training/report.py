@@ -94,7 +94,7 @@ def targets(added_mse: list[dict[Kind, float]]) -> tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class _Lesson:
+class Lesson:
     """What the encoder sees of a batch, as float16 feature maps, and what is to be told of it, each (B, 7)."""
 
     features: list[Tensor]
@@ -116,7 +116,7 @@ def _seen(g_a: Analysis, photos: Tensor, rate: Tensor) -> list[Tensor]:
     return seen
 
 
-def _learn(head: ReportHead, optimizer: torch.optim.Optimizer, lesson: _Lesson) -> float:
+def learn(head: ReportHead, optimizer: torch.optim.Optimizer, lesson: Lesson) -> float:
     """A step. Returns the loss before it."""
     loss = lesson.loss(head)
     optimizer.zero_grad(set_to_none=True)
@@ -147,17 +147,17 @@ def train_report(
         head.deviation.copy_(torch.stack([x.std((0, 2, 3)) for x in seen]).clamp_min(1e-4))
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.01)
     bar = tqdm(total=round(60 * minutes), unit="s", mininterval=5)
-    lessons: deque[_Lesson] = deque(maxlen=_KEPT)
+    lessons: deque[Lesson] = deque(maxlen=_KEPT)
     start, step, mean = time.monotonic(), 0, 0.0
     while (seconds := time.monotonic() - start) < 60 * minutes:
         optimizer.param_groups[0]["lr"] = 3e-3 * max(0.02, min((step + 1) / 50, 1 - seconds / (60 * minutes)))
         data = next(batches)
         features = [x.half() for x in _seen(g_a, data.degraded, data.rate)]
-        lessons.append(_Lesson(features, *(one.to(device) for one in targets(data.added_mse))))
-        loss = _learn(head, optimizer, lessons[-1])
+        lessons.append(Lesson(features, *(one.to(device) for one in targets(data.added_mse))))
+        loss = learn(head, optimizer, lessons[-1])
         mean = 0.98 * mean + 0.02 * loss if step else loss
         for index in torch.randint(len(lessons), (_REPLAYS,)).tolist():
-            _learn(head, optimizer, lessons[index])
+            learn(head, optimizer, lessons[index])
         step += 1
         bar.update(round(seconds) - bar.n)
         bar.set_description(f"step {step}  loss {mean:.4f}", refresh=False)

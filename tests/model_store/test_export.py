@@ -15,12 +15,12 @@ from model_store.training.average import average
 from model_store.training.export import export
 from model_store.training.frequencies import with_counted_tables
 from model_store.training.recode import recode
-from model_store.training.report import targets, train_report
+from model_store.training.report import Lesson, learn, targets, train_report
 from model_store.training.weights import read_weights
 from service.codec.bitstream import DegradationKind
 from service.codec.config import CONFIGS, CodecConfig
 from service.codec.model import TrainableCodec, ship
-from service.codec.report import KINDS
+from service.codec.report import KINDS, ReportHead
 from service.codec.shipped import ShippedCodec
 from service.engine import EncodeJob, Engine, Photo
 from service.store import ModelStore
@@ -93,6 +93,22 @@ def test_a_report_trained_beside_a_checkpoint_ships_with_it(
     (stream,) = Engine(ModelStore(store), "cpu").encode([EncodeJob(bikes, 4)])
     assert stream.degradations
     assert all(0 <= found.strength <= 1 for found in stream.degradations)
+
+
+def test_a_head_learns_from_what_was_seen_once() -> None:
+    torch.manual_seed(1)
+    head, kind = ReportHead(TINY), KINDS.index(DegradationKind.HAZE)
+    present = torch.zeros(8, len(KINDS))
+    present[::2, kind] = 1
+    dim = TINY.stages[TINY.watched].dim
+    features = [(torch.randn(8, dim, 6, 6) + 2 * present[:, kind, None, None, None]).half() for _ in range(2)]
+    lesson = Lesson(features, present, 0.7 * present, torch.ones_like(present))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
+    losses = [learn(head, optimizer, lesson) for _ in range(60)]
+    assert losses[-1] < 0.1 * losses[0]
+    odds, strength = head([head.summary(level, x) for level, x in enumerate(features)])
+    assert ((odds > 0) == (present > 0)).all()
+    assert strength[::2, kind].mean().item() == pytest.approx(0.7, abs=0.1)
 
 
 def test_a_report_is_asked_for_what_is_plain_to_see() -> None:

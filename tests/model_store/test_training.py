@@ -135,6 +135,8 @@ def test_the_entropy_model_learns_alone_and_may_grow(
     with pytest.raises(ValueError, match="names of parameters, got nothing"):
         run(photos, tmp_path / "none", 4, monkeypatch, only="nothing")
     draw(tmp_path / "four" / "log.jsonl", tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as drawn:
+        assert min(drawn.size) > 100
     line = json.loads((tmp_path / "four" / "log.jsonl").read_text().splitlines()[-1])
     assert "bpp" in line
     assert "psnr" not in line
