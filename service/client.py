@@ -12,305 +12,60 @@ one deadline over all attempts. Connections are reused. Every refusal is a typed
 from __future__ import annotations
 
 import asyncio
-import random
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from functools import wraps
-from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from anyio.from_thread import start_blocking_portal
 
-Body = bytes | Path | Callable[[], Iterator[bytes]]
-"""An upload: bytes, a file that is streamed from disk, or a function that gives chunks anew for each attempt."""
+from service.calls import (
+    Body,
+    BudgetUnmeetable,
+    Call,
+    Compressed,
+    DeadlineExceeded,
+    LimpidError,
+    Policy,
+    RequestRefused,
+    Restored,
+    ServiceBusy,
+    ServiceUnavailable,
+    Unauthorized,
+    base_url,
+    chunks,
+    compress_call,
+    compressed,
+    decompress_call,
+    finish,
+    key_header,
+    restored,
+    variants_of,
+)
 
-T = TypeVar("T")
-
-CHUNK = 1 << 16
-RETRIED = frozenset({408, 429, 502, 503})
-PROBLEM = "urn:limpid:problem:"
-
-
-class LimpidError(Exception):
-    """The call did not succeed.
-
-    Attributes:
-        kind: the last part of the problem's `type` (RFC 9457), `unreachable` where no answer came.
-        status: HTTP status, None where no answer came.
-        detail: what was expected and what came, in the service's words.
-        request_id: to find the request in the service's log.
-    """
-
-    def __init__(self, kind: str, detail: str, status: int | None = None, request_id: str | None = None) -> None:
-        super().__init__(f"{kind}: {detail}")
-        self.kind, self.detail, self.status, self.request_id = kind, detail, status, request_id
-
-
-class RequestRefused(LimpidError):
-    """4xx: this request will never succeed as it is."""
-
-
-class Unauthorized(RequestRefused):
-    """401: the key is missing or wrong."""
-
-
-class BudgetUnmeetable(RequestRefused):
-    """422: no rate point fits the budget; `detail` names the smallest size."""
-
-
-class ServiceBusy(LimpidError):
-    """429 until the attempts or the deadline were used up."""
-
-
-class ServiceUnavailable(LimpidError):
-    """5xx or no answer until the attempts or the deadline were used up."""
-
-
-class DeadlineExceeded(LimpidError):
-    """504: the service found no time for it before its deadline."""
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """A bitstream, its rate point, bits per pixel and model, what was found wrong, and milliseconds per stage."""
-
-    bitstream: bytes
-    rate: int
-    bpp: float
-    model: str
-    degradations: dict[str, float]
-    timing: dict[str, float]
-    request_id: str
-
-
-@dataclass(frozen=True)
-class Restored:
-    """An encoded image with its media type, and the rate point and model of the bitstream it came from."""
-
-    image: bytes
-    media_type: str
-    rate: int
-    model: str
-    degradations: dict[str, float]
-    timing: dict[str, float]
-    request_id: str
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How long and how often.
-
-    Attributes:
-        deadline: seconds for a call, over all attempts; the service hears what is left of it.
-        attempts: at most so many.
-        backoff, backoff_max: seconds before the second attempt, doubled for each further one; jittered by half.
-    """
-
-    deadline: float = 60.0
-    attempts: int = 8
-    backoff: float = 0.2
-    backoff_max: float = 10.0
-
-
-@dataclass
-class _Call:
-    """One call on its way: what to send, how long is left, what to do after each attempt. Does no input or output."""
-
-    method: str
-    path: str
-    policy: Policy
-    body: Body | None = None
-    params: Mapping[str, str] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
-    clock: Callable[[], float] = time.monotonic
-    attempt: int = 0
-
-    def __post_init__(self) -> None:
-        if self.body is not None and not (isinstance(self.body, bytes | Path) or callable(self.body)):
-            raise TypeError(f"expected bytes, a Path or a function that gives chunks, got {type(self.body).__name__}")
-        self._ends = self.clock() + self.policy.deadline
-
-    def left(self) -> float:
-        return max(0.001, self._ends - self.clock())
-
-    def arguments(self) -> dict[str, Any]:
-        self.attempt += 1
-        headers = {**self.headers, "Limpid-Timeout": f"{self.left():.3f}"}
-        if isinstance(self.body, Path):  # else it would go out chunked, its length unsaid
-            headers["Content-Length"] = str(self.body.stat().st_size)
-        elif isinstance(self.body, bytes):
-            headers["Content-Length"] = str(len(self.body))
-        return {"params": dict(self.params), "headers": headers, "timeout": self.left()}
-
-    def too_late(self) -> httpx.TimeoutException:
-        return httpx.TimeoutException(f"not done within {self.policy.deadline:g} seconds")
-
-    def pause_after(self, outcome: httpx.Response | httpx.RequestError) -> float | None:
-        """Seconds to wait before the next attempt; None where there is none, and `outcome` is the end."""
-        if isinstance(outcome, httpx.Response) and outcome.status_code not in RETRIED:
-            return None
-        backoff = min(self.policy.backoff_max, self.policy.backoff * 2.0 ** min(self.attempt - 1, 64))
-        pause = backoff * (0.5 + 0.5 * random.random())
-        if isinstance(outcome, httpx.Response):
-            pause = max(pause, retry_after(outcome.headers.get("retry-after")))
-        if self.attempt >= self.policy.attempts or self.clock() + pause >= self._ends:
-            return None
-        return pause
-
-
-def retry_after(value: str | None) -> float:
-    """Seconds of a `Retry-After` header, a number or a date (RFC 9110, section 10.2.3); 0 for anything else."""
-    if value is None:
-        return 0.0
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return 0.0
-
-
-def _chunks(body: Body) -> Iterator[bytes]:
-    if isinstance(body, bytes):
-        yield from (body[start : start + CHUNK] for start in range(0, len(body), CHUNK))
-    elif isinstance(body, Path):
-        with body.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
-    else:
-        yield from body()
+__all__ = [
+    "AsyncClient",
+    "Body",
+    "BudgetUnmeetable",
+    "Client",
+    "Compressed",
+    "DeadlineExceeded",
+    "LimpidError",
+    "Policy",
+    "RequestRefused",
+    "Restored",
+    "ServiceBusy",
+    "ServiceUnavailable",
+    "Unauthorized",
+]
 
 
 async def _async_chunks(body: Body) -> AsyncIterator[bytes]:
     """Reads in a thread, so that a slow disk does not block the event loop."""
-    chunks = _chunks(body)
-    while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+    each = chunks(body)
+    while (chunk := await asyncio.to_thread(next, each, None)) is not None:
         yield chunk
-
-
-def _in_short(answer: httpx.Response) -> str:
-    """Of an answer without words, such as a redirect from http to https."""
-    place = answer.headers.get("location")
-    return f"status {answer.status_code}" + (f", to {place}" if place else "")
-
-
-def _finish(outcome: httpx.Response | httpx.RequestError) -> httpx.Response:
-    """The response, if it is a good one.
-
-    Raises:
-        LimpidError: it is not, or there is none.
-    """
-    if isinstance(outcome, httpx.RequestError):
-        raise ServiceUnavailable("unreachable", f"{type(outcome).__name__}: {outcome}") from outcome
-    if outcome.is_success:
-        return outcome
-    try:
-        problem = outcome.json()
-        name, detail = str(problem["type"]), str(problem["detail"])
-    except (ValueError, KeyError, TypeError):
-        name, detail = "", outcome.text[:200].strip() or _in_short(outcome)
-    # A proxy answers as it likes, with problems of its own too.
-    kind = name.removeprefix(PROBLEM) if name.startswith(PROBLEM) else "unexpected-answer"
-    status = outcome.status_code
-    types: dict[int, type[LimpidError]] = {401: Unauthorized, 429: ServiceBusy, 504: DeadlineExceeded}
-    # Only what Limpid itself refuses will never succeed: not a slow link, a redirect or a proxy without its backend.
-    refused = 400 <= status < 500 and status != 408 and kind != "unexpected-answer"
-    error = types.get(status, RequestRefused if refused else ServiceUnavailable)
-    if kind == "unmeetable-budget":
-        error = BudgetUnmeetable
-    raise error(kind, detail, status, outcome.headers.get("x-request-id"))
-
-
-def _compress_call(
-    body: Body, rate: int | None, max_bytes: int | None, target_bpp: float | None, model: str | None, policy: Policy
-) -> _Call:
-    options = {"rate": rate, "max_bytes": max_bytes, "target_bpp": target_bpp, "model": model}
-    params = {name: str(value) for name, value in options.items() if value is not None}
-    return _Call("POST", "/compress", policy, body, params, {"Content-Type": "application/octet-stream"})
-
-
-def _decompress_call(body: Body, media_type: str, quality: int | None, policy: Policy) -> _Call:
-    headers = {"Content-Type": "application/vnd.limpid", "Accept": media_type}
-    return _Call("POST", "/decompress", policy, body, {} if quality is None else {"quality": str(quality)}, headers)
-
-
-def _of_limpid(read: Callable[[httpx.Response], T]) -> Callable[[httpx.Response], T]:
-    """`read`, which raises ServiceUnavailable for an answer that is another service's, or a proxy's page."""
-
-    @wraps(read)
-    def checked(response: httpx.Response) -> T:
-        try:
-            return read(response)
-        except (ValueError, KeyError, TypeError):
-            raise ServiceUnavailable("unexpected-answer", response.text[:200], response.status_code) from None
-
-    return checked
-
-
-@_of_limpid
-def _compressed(response: httpx.Response) -> Compressed:
-    headers = response.headers
-    return Compressed(response.content, bpp=float(headers["limpid-bpp"]), **_common(headers))
-
-
-@_of_limpid
-def _restored(response: httpx.Response) -> Restored:
-    return Restored(response.content, response.headers["content-type"], **_common(response.headers))
-
-
-@_of_limpid
-def _variants(response: httpx.Response) -> dict[str, Any]:
-    answer: dict[str, Any] = response.json()
-    answer["models"]
-    return answer
-
-
-def _common(headers: httpx.Headers) -> dict[str, Any]:
-    return {
-        "rate": int(headers["limpid-rate"]),
-        "model": headers["limpid-model"],
-        "degradations": _weighted(headers.get("limpid-degradation", ""), ""),
-        "timing": _weighted(headers.get("server-timing", ""), "dur="),
-        "request_id": headers.get("x-request-id", ""),
-    }
-
-
-def _weighted(header: str, prefix: str) -> dict[str, float]:
-    """`noise;0.82, haze;0.31` or `queue;dur=1.5` as a dictionary; words without a number are left out."""
-    found: dict[str, float] = {}
-    for part in header.split(","):
-        name, *parameters = (piece.strip() for piece in part.split(";"))
-        for parameter in parameters:
-            with suppress(ValueError):  # such as a description that a proxy added
-                found[name] = float(parameter.removeprefix(prefix))
-    return found
-
-
-def _base(url: str) -> httpx.URL:
-    """As curl reads it: http where nothing else is said.
-
-    Raises:
-        ValueError: it is no URL.
-    """
-    try:
-        return httpx.URL(url if "://" in url else f"http://{url}")
-    except httpx.InvalidURL as error:
-        raise ValueError(f"expected the URL of a service, got {url!r}: {error}") from None
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    """Raises:
-    ValueError: no header can carry the key, which is not told.
-    """
-    key = (api_key or "").strip()  # a file's last line ends in a newline
-    if not all("!" <= letter <= "~" for letter in key):
-        raise ValueError("expected an API key of visible ASCII characters")
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class Client:
@@ -364,8 +119,8 @@ class Client:
         Raises:
             LimpidError: see its subclasses.
         """
-        call = _compress_call(photo, rate, max_bytes, target_bpp, model, policy or self.policy)
-        return _compressed(self._send(call))
+        call = compress_call(photo, rate, max_bytes, target_bpp, model, policy or self.policy)
+        return compressed(self._send(call))
 
     def decompress(
         self,
@@ -380,7 +135,7 @@ class Client:
         Raises:
             LimpidError: see its subclasses.
         """
-        return _restored(self._send(_decompress_call(bitstream, media_type, quality, policy or self.policy)))
+        return restored(self._send(decompress_call(bitstream, media_type, quality, policy or self.policy)))
 
     def variants(self, *, policy: Policy | None = None) -> dict[str, Any]:
         """What `GET /variants` says.
@@ -388,9 +143,9 @@ class Client:
         Raises:
             LimpidError: see its subclasses.
         """
-        return _variants(self._send(_Call("GET", "/variants", policy or self.policy)))
+        return variants_of(self._send(Call("GET", "/variants", policy or self.policy)))
 
-    def _send(self, call: _Call) -> httpx.Response:
+    def _send(self, call: Call) -> httpx.Response:
         under_way = self._portal.start_task_soon(self._async.send, call)
         try:
             return under_way.result()
@@ -410,7 +165,7 @@ class AsyncClient:
     ) -> None:
         self.policy = policy or Policy()
         self._given_up = asyncio.Event()
-        self._http = httpx.AsyncClient(base_url=_base(url), headers=_headers(api_key), transport=transport)
+        self._http = httpx.AsyncClient(base_url=base_url(url), headers=key_header(api_key), transport=transport)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -438,8 +193,8 @@ class AsyncClient:
         policy: Policy | None = None,
     ) -> Compressed:
         """See `Client.compress`."""
-        call = _compress_call(photo, rate, max_bytes, target_bpp, model, policy or self.policy)
-        return _compressed(await self.send(call))
+        call = compress_call(photo, rate, max_bytes, target_bpp, model, policy or self.policy)
+        return compressed(await self.send(call))
 
     async def decompress(
         self,
@@ -450,13 +205,13 @@ class AsyncClient:
         policy: Policy | None = None,
     ) -> Restored:
         """See `Client.decompress`."""
-        return _restored(await self.send(_decompress_call(bitstream, media_type, quality, policy or self.policy)))
+        return restored(await self.send(decompress_call(bitstream, media_type, quality, policy or self.policy)))
 
     async def variants(self, *, policy: Policy | None = None) -> dict[str, Any]:
         """See `Client.variants`."""
-        return _variants(await self.send(_Call("GET", "/variants", policy or self.policy)))
+        return variants_of(await self.send(Call("GET", "/variants", policy or self.policy)))
 
-    async def send(self, call: _Call) -> httpx.Response:
+    async def send(self, call: Call) -> httpx.Response:
         """The good answer of a call; raises `LimpidError`."""
         while True:
             content = call.body if call.body is None or isinstance(call.body, bytes) else _async_chunks(call.body)
@@ -470,7 +225,7 @@ class AsyncClient:
                 outcome = call.too_late()
             pause = call.pause_after(outcome)
             if pause is None:
-                return _finish(outcome)
+                return finish(outcome)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._given_up.wait(), pause)
-                return _finish(outcome)
+                return finish(outcome)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from service.budget import RateSearch, budget_bytes
-from service.client import Compressed, Restored
+from service.calls import Compressed, Restored
 from service.codec.bitstream import Bitstream
 from service.codec.shipped import Watch
 from service.engine import EncodeJob, Engine, StageTimes

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from model_store.evaluation.conditions import psnr
+from service.calls import Call, retry_after
 from service.client import (
     AsyncClient,
     Body,
@@ -28,8 +29,6 @@ from service.client import (
     ServiceBusy,
     ServiceUnavailable,
     Unauthorized,
-    _Call,
-    retry_after,
 )
 from service.engine import Photo
 from service.imaging import read_photo
@@ -148,7 +147,7 @@ def test_an_answer_without_words_is_told_by_its_status() -> None:
 
 
 def test_patience_may_be_endless() -> None:
-    call = _Call("GET", "/variants", Policy(deadline=10**6, attempts=10**6), attempt=5000)
+    call = Call("GET", "/variants", Policy(deadline=10**6, attempts=10**6), attempt=5000)
     assert 0 < (call.pause_after(httpx.ConnectError("down")) or 0) <= Policy().backoff_max
 
 
