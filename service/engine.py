@@ -28,7 +28,8 @@ from torch import Tensor
 
 from service.codec.bitstream import Bitstream, BitstreamError, CorruptBitstream, Degradation
 from service.codec.config import RATE_POINTS, STRIDE
-from service.codec.device import keep_heap, pick_device, release_heap, transform_precision
+from service.codec.device import pick_device, transform_precision
+from service.codec.heap import keep_heap, release_heap
 from service.codec.rans import CorruptPayload
 from service.codec.shipped import (
     Coded,

@@ -71,6 +71,19 @@ def copied_store(folder: Path) -> ModelStore:
     return ModelStore(folder)
 
 
+def wait_ready(client: TestClient, seconds: float = 120) -> None:
+    """Until the models are loaded.
+
+    Raises:
+        AssertionError: they are not in time, or never will be.
+    """
+    deadline = time.monotonic() + seconds
+    while (answer := client.get("/readyz")).status_code != 200:
+        assert "still loading" in answer.text
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="session")
 def parrots() -> Photo:
     return photo("parrots")
@@ -99,10 +112,7 @@ def codec(engine: Engine) -> ShippedCodec:
 @pytest.fixture(scope="session")
 def client(settings: Settings) -> Iterator[TestClient]:
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
-        deadline = time.monotonic() + 120
-        while client.get("/readyz").status_code != 200:
-            assert time.monotonic() < deadline, client.get("/readyz").text
-            time.sleep(0.2)
+        wait_ready(client)
         yield client
 
 

@@ -17,7 +17,7 @@ from service.engine import Photo
 from service.exchange import STAGES
 from service.settings import Settings
 from service.tracing import set_up_tracing
-from tests.conftest import copied_store, image_bytes
+from tests.conftest import copied_store, image_bytes, wait_ready
 
 
 def test_stages_are_children_of_the_request_in_the_callers_trace() -> None:
@@ -54,8 +54,7 @@ def test_a_compress_is_one_span_and_one_per_stage_in_order(
     settings = Settings(store=copied_store(tmp_path).folder, otlp_endpoint="http://metrics.example/v1/traces")
     upload = image_bytes(bikes)
     with TestClient(create_app(settings), base_url="http://readyz.metrics.example") as client:
-        while client.get("/readyz").status_code != 200:
-            time.sleep(0.1)
+        wait_ready(client)
         chunks = iter([upload[start : start + 1000] for start in range(0, len(upload), 1000)])
         assert client.post("/compress", content=chunks).status_code == 200
     deadline = time.monotonic() + 15

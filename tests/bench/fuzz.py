@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.imaging import read_photo
 from service.settings import Settings
-from tests.conftest import image_bytes, photo
+from tests.conftest import image_bytes, photo, wait_ready
 
 
 @dataclass
@@ -69,11 +69,6 @@ def reseal(stream: bytes) -> bytes:
 
 def fuzz_client(settings: Settings) -> TestClient:
     return TestClient(create_app(settings), raise_server_exceptions=False)
-
-
-def wait_ready(client: TestClient) -> None:
-    while client.get("/readyz").status_code != 200:
-        time.sleep(0.1)
 
 
 def run(count: int, seed: int, make: Callable[[np.random.Generator], tuple[str, bytes]], client: TestClient) -> Seen:

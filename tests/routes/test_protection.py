@@ -20,7 +20,7 @@ from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, Photo, StageTimes
 from service.settings import Settings
 from service.state import Service
-from tests.conftest import image_bytes
+from tests.conftest import image_bytes, wait_ready
 
 KEYS = "first-key,second-key"
 
@@ -31,8 +31,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     monkeypatch.setenv("LIMPID_API_KEYS", KEYS)
     monkeypatch.setenv("LIMPID_CORS_ORIGINS", "https://example.org")
     with TestClient(create_app(Settings()), raise_server_exceptions=False) as client:
-        while client.get("/readyz").status_code != 200:
-            time.sleep(0.1)
+        wait_ready(client)
         client.headers["X-API-Key"] = "second-key"
         yield client
 
