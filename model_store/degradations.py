@@ -35,8 +35,13 @@ class Kind(StrEnum):
 class Ranges:
     """Bounds of the parameters; each is drawn uniformly unless it says log.
 
+    Lengths, widths and radii are in pixels, angles in radians from the vertical, lights and strengths shares of 1.
+
     noise: sigma in [0, 1]. read, shot: sensor noise in linear light, log: deviation and variance per unit of light.
-    rain_density: drops per pixel of streaks 14 pixels long; longer ones are rarer.
+    rain_density: drops per pixel of streaks 14 pixels long; longer ones are rarer. rain_strength, snow_strength:
+    how much of what is behind a streak or a flake it covers. snow_density: flakes per pixel, log.
+    veil: share of the airlight mixed in by what falls far away. haze_thickness: optical depth of the farthest point.
+    airlight: of white. light: share of the scene's light that is left, log. jpeg_quality: libjpeg's, 1 to 100.
     mosaic: share of the photos whose sensor noise went through demosaicing.
     sheet, strokes: shares of the rainy photos whose rain is a lit sheet, or sparse strokes.
     """
@@ -89,12 +94,13 @@ until stage 12 of `base`."""
 
 @dataclass(frozen=True)
 class Draw:
-    """Random parameters, one per photo, shaped (B, 1, 1, 1)."""
+    """Random parameters of `count` photos B from one generator, on its device."""
 
     count: int
     generator: torch.Generator
 
     def uniform(self, bounds: Range, log: bool = False) -> Tensor:
+        """(B, 1, 1, 1) between the bounds, or evenly over their logarithms."""
         u = torch.rand(self.count, 1, 1, 1, generator=self.generator, device=self.generator.device)
         if log:
             low, high = (math.log(bound) for bound in bounds)
@@ -102,9 +108,11 @@ class Draw:
         return bounds[0] + (bounds[1] - bounds[0]) * u
 
     def normal(self, *shape: int) -> Tensor:
+        """(B, *shape) of mean 0 and deviation 1."""
         return torch.randn(self.count, *shape, generator=self.generator, device=self.generator.device)
 
     def field(self, *shape: int) -> Tensor:
+        """(B, *shape), uniform in [0, 1)."""
         return torch.rand(self.count, *shape, generator=self.generator, device=self.generator.device)
 
 

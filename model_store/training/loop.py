@@ -33,7 +33,10 @@ WARM_UP_STEPS = 200
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates over a budget of time: a steady share, then a linear decay to 2%."""
+    """Learning rates over a budget of time: a steady share of it, then a linear decay to 2%.
+
+    `lr` is that of the transforms, `prior_lr` that of the entropy model; the first `WARM_UP_STEPS` steps rise to them.
+    """
 
     minutes: float
     lr: float

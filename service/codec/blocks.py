@@ -20,6 +20,7 @@ class ChannelNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns the same shape."""
         return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.weight).permute(0, 3, 1, 2)
 
 
@@ -53,6 +54,7 @@ class ContentAggregation(nn.Module):
         self.out = _output(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns the same shape."""
         b, c, h, w = x.shape
         qkv = self.local(self.qkv(x)).permute(0, 2, 3, 1).reshape(b, h * w, 3, c // self.group, self.group)
         q, k, v = qkv.permute(2, 0, 3, 4, 1).unbind(0)  # each (B, groups, group, H*W)
@@ -76,6 +78,7 @@ class DegradationAttention(nn.Module):
         self.out = _output(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns the same shape."""
         attention = self.columns(F.gelu(self.rows(F.gelu(self.query(x)))))
         return self.out(attention * self.value(x))
 
@@ -91,6 +94,7 @@ class GatedFeedForward(nn.Module):
         self.out = _output(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns the same shape."""
         gate, value = self.local(self.expand(x)).chunk(2, 1)
         return self.out(F.gelu(gate) * value)
 
@@ -108,6 +112,7 @@ class HATB(nn.Module):
         self.ffn = GatedFeedForward(dim, ffn)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns the same shape."""
         x = x + self.content(self.norm1(x))
         x = x + self.degradation(self.norm2(x))
         return x + self.ffn(self.norm3(x))

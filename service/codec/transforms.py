@@ -54,6 +54,7 @@ class BlockStack(nn.Module):
         )
 
     def forward(self, x: Tensor, rate: Tensor) -> Tensor:
+        """x: (B, C, H, W), rate: (B,) indexes 0..7. Returns the shape of x."""
         return self.blocks((x * self.gain(rate)).contiguous(memory_format=torch.channels_last))
 
 
@@ -77,6 +78,7 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W). Returns (B, C', H f, W f) going up, else (B, C', H / f, W / f), f the factor."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             if self.up:
