@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from model_store.evaluation.conditions import psnr
+from model_store.images import psnr
 from service.codec.bitstream import Bitstream
 from service.engine import EncodeJob, Engine, Photo
 from service.imaging import read_photo

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from model_store.evaluation.conditions import psnr
+from model_store.images import psnr
 from service.cli import main
 from service.engine import Photo
 from service.imaging import read_photo

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from model_store.evaluation.conditions import psnr
+from model_store.images import psnr
 from service.calls import Call, retry_after
 from service.client import (
     AsyncClient,

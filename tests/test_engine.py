@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model_store.evaluation.conditions import psnr
+from model_store.images import psnr
 from service.codec import shipped
 from service.codec.bitstream import Bitstream
 from service.codec.shipped import Watch

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from model_store.evaluation.conditions import psnr
+from model_store.images import psnr
 from service.engine import Photo
 from service.imaging import (
     CorruptImage,

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from model_store.evaluation.conditions import psnr
+from model_store.images import psnr
 from service.codec.bitstream import Bitstream
 from service.engine import Photo
 from service.imaging import read_photo

@@ -30,8 +30,8 @@ from model_store.evaluation.measuring import best_strengths, cascade_of, is_gaus
 from model_store.evaluation.rate_distortion import Record, curves, read_records
 from model_store.evaluation.tables import plot, published_table, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
+from model_store.images import photo_paths
 from model_store.index import read_index, write_index
-from model_store.training.photos import photo_paths
 from service.codec.device import pick_device, transform_precision
 
 STORE = Path(__file__).parents[1]

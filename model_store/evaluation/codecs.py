@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model_store.evaluation.conditions import Photo, Sample, as_photo, as_tensor
+from model_store.evaluation.conditions import Sample
+from model_store.images import Photo, as_photo, as_tensor
 from model_store.index import read_model
 from service.codec.bitstream import MODEL_ID_BYTES, Bitstream
 from service.codec.device import pick_device, transform_precision

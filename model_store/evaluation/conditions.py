@@ -8,12 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
 from model_store.degradations import EVALUATION, Kind, degrade, to_linear, to_srgb
-
-Photo = NDArray[np.uint8]
+from model_store.images import Photo, as_photo, as_tensor, read_rgb
 
 SENSOR_LEVELS = (
     (0.0068354, 0.05200081**2),
@@ -136,24 +133,3 @@ def samples_of(path: Path, index: int, name: str) -> Iterator[Sample]:
     for condition in SETS[name]:
         degraded = uploaded(path, clean, index, condition.name)
         yield Sample(path.stem.removesuffix("_clean"), condition, clean, degraded)
-
-
-def read_rgb(path: Path) -> Photo:
-    """A file as (H, W, 3) uint8."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def as_tensor(photo: Photo) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (1, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float() / 255
-
-
-def as_photo(x: torch.Tensor) -> Photo:
-    """(3, H, W) in [0, 1] -> (H, W, 3) uint8."""
-    return (x * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-
-
-def psnr(a: Photo, b: Photo) -> float:
-    """PSNR in RGB, dB."""
-    return float(10 * np.log10(255**2 / max(1e-9, np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))))

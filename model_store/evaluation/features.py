@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model_store.degradations import EVALUATION, Kind, degrade
-from model_store.evaluation.conditions import as_tensor, read_rgb
+from model_store.images import as_tensor, read_rgb
 from model_store.index import read_model
 from service.codec.blocks import HATB
 from service.codec.config import CodecConfig

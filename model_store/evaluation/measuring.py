@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
-from model_store.evaluation.conditions import Condition, clean_paths, psnr, samples_of
+from model_store.evaluation.conditions import Condition, clean_paths, samples_of
 from model_store.evaluation.rate_distortion import Record
+from model_store.images import psnr
 
 STRENGTHS = (5, 8, 11, 14, 18, 23, 28, 34, 42, 52)
 """What the cascade's denoiser is tuned over, on every eighth photo of a set, for each condition."""

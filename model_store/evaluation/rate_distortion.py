@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from model_store.evaluation.conditions import Photo, Sample, psnr
+from model_store.evaluation.conditions import Sample
+from model_store.images import Photo, psnr
 
 
 @dataclass(frozen=True)

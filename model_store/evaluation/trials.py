@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from model_store.degradations import EVALUATION, MAKERS, Kind, degrade
 from model_store.evaluation.codecs import LimpidCodec
-from model_store.evaluation.conditions import as_tensor, psnr, read_rgb
+from model_store.images import as_tensor, psnr, read_rgb
 from service.codec.shipped import pad_to_stride
 
 NAMING_RATE, GENERATION_RATE, SHEET_RATE = 4, 6, 5

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from model_store.evaluation.codecs import LimpidCodec
-from model_store.evaluation.conditions import degraded_photo, psnr, read_rgb
+from model_store.evaluation.conditions import degraded_photo
 from model_store.evaluation.rate_distortion import Curve, bd_rate
+from model_store.images import psnr, read_rgb
 from model_store.training.export import export
 from model_store.training.loop import Schedule, train
 from service.codec import exact, prior

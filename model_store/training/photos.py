@@ -11,22 +11,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from model_store.images import photo_paths
 from model_store.training.held_out import is_held_out
 from service.codec.config import STRIDE
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
-
-
-def photo_paths(folder: Path) -> list[Path]:
-    """All photographs below a folder, sorted.
-
-    Raises:
-        ValueError: the folder holds none.
-    """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise ValueError(f"expected photographs below {folder}, found none")
-    return paths
 
 
 def check_crop(side: int) -> None:

@@ -17,17 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model_store.evaluation.conditions import (
-    EVEN_RATES,
-    Photo,
-    as_photo,
-    as_tensor,
-    clean_paths,
-    psnr,
-    read_rgb,
-    uploaded,
-)
+from model_store.evaluation.conditions import EVEN_RATES, clean_paths, uploaded
 from model_store.evaluation.rate_distortion import Curve, bd_rate
+from model_store.images import Photo, as_photo, as_tensor, psnr, read_rgb
 from model_store.training.weights import weights_to_start_from
 from service.codec.config import CONFIGS, STRIDE
 from service.codec.device import pick_device, transform_precision

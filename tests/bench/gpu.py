@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model_store.evaluation.conditions import as_tensor
+from model_store.images import as_tensor
 from model_store.training.export import STATES, enter
 from model_store.training.weights import weights_to_start_from
 from service.codec.bitstream import Bitstream

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from model_store.evaluation.conditions import as_tensor
+from model_store.images import as_tensor
 from service.codec.prior import parts
 from service.codec.shipped import pad_to_stride
 from service.engine import EncodeJob, Engine

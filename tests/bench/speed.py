@@ -28,7 +28,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from model_store.evaluation.conditions import as_tensor
+from model_store.images import as_tensor
 from service.codec.config import CONFIGS
 from service.codec.cost import cost
 from service.codec.model import TrainableCodec, ship

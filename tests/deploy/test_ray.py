@@ -15,7 +15,7 @@ import httpx2
 import psutil
 import pytest
 
-from model_store.evaluation.conditions import psnr
+from model_store.images import psnr
 from service.engine import Photo
 from service.imaging import read_photo
 from service.store import ModelStore

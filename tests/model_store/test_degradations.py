@@ -93,7 +93,7 @@ def test_rain_that_is_light_darkens_nothing(parrots: Photo, share: str) -> None:
 
 def test_jpeg_loses_what_libjpeg_loses(parrots: Photo) -> None:
     """Our JPEG at a quality is within 1 dB of the real one."""
-    from model_store.evaluation.conditions import psnr
+    from model_store.images import psnr
     from service.imaging import read_photo
     from tests.conftest import image_bytes
 

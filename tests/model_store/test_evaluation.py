@@ -16,9 +16,10 @@ from PIL import Image
 
 from model_store.evaluation import trials
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
-from model_store.evaluation.conditions import degraded_photo, psnr
+from model_store.evaluation.conditions import degraded_photo
 from model_store.evaluation.rate_distortion import Curve, Record, bd_rate, curves, frontier, read_records
 from model_store.evaluation.tables import plot, published_table, table
+from model_store.images import psnr
 from service.codec.bitstream import Degradation, DegradationKind
 from service.engine import Photo
 

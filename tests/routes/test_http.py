@@ -13,7 +13,7 @@ import psutil
 import pytest
 from starlette.testclient import TestClient
 
-from model_store.evaluation.conditions import psnr
+from model_store.images import psnr
 from service.app import create_app
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.engine import Photo
