@@ -1,4 +1,4 @@
-"""What a benchmark says of the machine it ran on."""
+"""What a benchmark says of what it ran: the machine and the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
+from model_store.index import read_index
 from service.codec.device import transform_precision
+from service.settings import DEFAULT_STORE
 
 
 def result_file(name: str, suffix: str = "json") -> Path:
@@ -19,7 +21,7 @@ def result_file(name: str, suffix: str = "json") -> Path:
 
 
 def machine() -> dict[str, object]:
-    """CPU, cores, threads and the versions that count."""
+    """CPU, cores, threads, the versions that count, and the model of whoever names none."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
@@ -32,5 +34,6 @@ def machine() -> dict[str, object]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
+        "default_model": read_index(DEFAULT_STORE)["default"],
         **{name: version(name) for name in ("torch", "compressai", "numpy", "pillow")},
     }
