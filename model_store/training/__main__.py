@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from model_store.training.loop import Schedule, train
+from model_store.training.loop import train
+from model_store.training.schedule import Schedule
 from service.codec.config import CONFIGS
 
 

@@ -23,7 +23,8 @@ from model_store.evaluation.conditions import degraded_photo
 from model_store.evaluation.rate_distortion import Curve, bd_rate
 from model_store.images import psnr, read_rgb
 from model_store.training.export import export
-from model_store.training.loop import Schedule, train
+from model_store.training.loop import train
+from model_store.training.schedule import Schedule
 from service.codec import exact, prior
 from service.codec.blocks import HATB
 from service.codec.model import TrainableCodec

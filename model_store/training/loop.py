@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from model_store.training.batches import Batches
 from model_store.training.compiled import compile_blocks, compile_prior
 from model_store.training.loss import LAMBDA_RANGE
 from model_store.training.photos import PhotoPool, check_crop
+from model_store.training.schedule import Schedule
 from model_store.training.step import FIGURES, Ema, Step
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import trained_lambdas, weights_to_start_from
@@ -28,26 +29,6 @@ from service.codec.model import TrainableCodec
 
 LOG_EVERY = 50
 CHECKPOINT_SECONDS = 180
-WARM_UP_STEPS = 200
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rates over a budget of time: a steady share of it, then a linear decay to 2%.
-
-    `lr` is that of the transforms, `prior_lr` that of the entropy model; the first `WARM_UP_STEPS` steps rise to them.
-    """
-
-    minutes: float
-    lr: float
-    prior_lr: float
-    steady: float
-
-    def factor(self, seconds: float, step: int) -> float:
-        progress = seconds / (60 * self.minutes)
-        left = (1 - progress) / max(1e-9, 1 - self.steady)
-        decay = min(1.0, max(0.02, left))
-        return min(1.0, (step + 1) / WARM_UP_STEPS) * decay
 
 
 def _groups(model: TrainableCodec, schedule: Schedule) -> list[dict[str, object]]:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from model_store.degradations import Kind
 from model_store.training.batches import Batch, Batches
 from model_store.training.photos import PhotoPool
+from model_store.training.schedule import decay
 from model_store.training.weights import config_of, read_weights
 from service.codec.bitstream import DegradationKind
 from service.codec.config import CodecConfig
@@ -150,7 +151,7 @@ def train_report(
     lessons: deque[Lesson] = deque(maxlen=_KEPT)
     start, step, mean = time.monotonic(), 0, 0.0
     while (seconds := time.monotonic() - start) < 60 * minutes:
-        optimizer.param_groups[0]["lr"] = 3e-3 * max(0.02, min((step + 1) / 50, 1 - seconds / (60 * minutes)))
+        optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 50, decay(seconds / (60 * minutes)))
         data = next(batches)
         features = [x.half() for x in _seen(g_a, data.degraded, data.rate)]
         lessons.append(Lesson(features, *(one.to(device) for one in targets(data.added_mse))))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from model_store.training.batches import Batches
 from model_store.training.compiled import compile_blocks
 from model_store.training.photos import PhotoPool, check_crop
+from model_store.training.schedule import decay
 from model_store.training.step import costs
 from model_store.training.weights import weights_to_start_from, write_mixed
 from service.codec.config import CONFIGS
@@ -138,7 +139,7 @@ def soup(
         progress = (time.monotonic() - began) / (60 * minutes)
         if count % BATCHES == 0:
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, max(0.02, (1 - progress) / (1 - STEADY)))
+                group["lr"] = lr * decay(progress, STEADY)
             optimizer.step()
             optimizer.zero_grad()
             steps += 1

@@ -11,7 +11,8 @@ from PIL import Image
 
 from model_store.training import loop
 from model_store.training import step as one_step
-from model_store.training.loop import Schedule, train
+from model_store.training.loop import train
+from model_store.training.schedule import Schedule
 from service.codec.config import CONFIGS, CodecConfig
 from tests.codec.test_model import TINY
 from tests.conftest import DATA
