@@ -20,7 +20,7 @@ from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride
 
 PEERS: dict[str, tuple[int, ...]] = {
     "JPEG": (5, 10, 25, 50, 75, 90),
-    "WEBP": (0, 5, 15, 40, 65, 85),
+    "WEBP": (0, 1, 2, 5, 15, 40, 65, 85),
     "AVIF": (5, 12, 20, 30, 40, 60, 80),
 }
 """Qualities. Of noisy photos PSNR has its peak at a low one and falls beyond: they lie dense enough to meet it."""
