@@ -109,7 +109,7 @@ def _features(args: argparse.Namespace) -> None:
     watched, photos = Watched(args.store, args.name), sorted((args.photos / "kodak").glob("*.png"))[: args.limit]
     draw_maps(watched, args.photo or photos[len(photos) // 2], args.results / f"{watched.name}-maps.jpg")
     share = draw_embedding(watched, photos, args.results / f"{watched.name}-embedding.png")
-    print(f"{share:.1%} of the photos lie nearest to the centre of their own kind")
+    print(f"{share:.1%} of the photos are put among their own kind")
 
 
 def _report(args: argparse.Namespace) -> None:

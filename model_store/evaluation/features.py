@@ -23,7 +23,7 @@ from service.codec.transforms import Analysis, BlockStack
 
 KINDS = (Kind.CLEAN, Kind.NOISE, Kind.RAIN, Kind.SNOW, Kind.HAZE, Kind.LOW_LIGHT, Kind.BLUR, Kind.JPEG)
 _RATE = 4
-_SIDE = 256  # pixels of the crops in the embedding
+_SIDE, _DIMENSIONS = 256, 20  # of the embedding: pixels of its crops, and what PCA leaves
 _SEED = 3456
 
 
@@ -58,20 +58,18 @@ class Watched:
         return dict(self.outputs)
 
 
-def draw_maps(watched: Watched, photo: Path, target: Path, kinds: Sequence[Kind] = KINDS[:6]) -> None:
+def draw_maps(watched: Watched, photo: Path, target: Path) -> None:
     """A row per kind: the photo, then the strength of each block's attentions, the root mean square over channels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     x, rows = as_tensor(read_rgb(photo)), []
-    for kind in kinds:
+    for kind in KINDS[:6]:
         degraded = degrade(x, [(kind,)], torch.Generator().manual_seed(_SEED), EVALUATION)
         maps = {name: one.square().mean(1).sqrt()[0].numpy() for name, one in watched.see(degraded).items()}
         rows.append((kind, degraded[0].permute(1, 2, 0).numpy(), dict(sorted(maps.items()))))
     columns = 1 + len(rows[0][2])
-    figure, axes = pyplot.subplots(len(rows), columns, figsize=(2.6 * columns, 1.9 * len(rows)), squeeze=False)
+    figure = Figure((2.6 * columns, 1.9 * len(rows)))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (kind, picture, maps) in zip(axes, rows):
         line[0].imshow(picture)
         line[0].set_title(kind.value, fontsize=8)
@@ -82,7 +80,6 @@ def draw_maps(watched: Watched, photo: Path, target: Path, kinds: Sequence[Kind]
         axis.axis("off")
     figure.tight_layout(pad=0.4)
     figure.savefig(target, dpi=80, pil_kwargs={"quality": 80})
-    pyplot.close(figure)
 
 
 def draw_embedding(watched: Watched, photos: Sequence[Path], target: Path) -> float:
@@ -91,49 +88,38 @@ def draw_embedding(watched: Watched, photos: Sequence[Path], target: Path) -> fl
     The plane is that of linear discriminant analysis (Fisher) after a PCA to 20 dimensions.
 
     Returns:
-        The share of photos that lie nearest to the centre of their own kind, in the 20 dimensions, leaving each photo
-        out of the centres that it is compared with.
+        The share of photos that the discriminant puts among their own kind when it has learned from all others.
 
     Raises:
         ValueError: fewer than two photos.
     """
     if len(photos) < 2:
         raise ValueError(f"expected at least two photos, got {len(photos)}")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+    from sklearn.decomposition import PCA
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.model_selection import LeaveOneOut, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
     rows: list[Tensor] = []
-    labels: list[int] = []
     for index, path in enumerate(photos):
         x = as_tensor(read_rgb(path))[:, :, :_SIDE, :_SIDE].expand(len(KINDS), -1, -1, -1)
         kinds = [(kind,) for kind in KINDS]
         degraded = degrade(x, kinds, torch.Generator().manual_seed(_SEED + index), EVALUATION)
         seen = [one for name, one in watched.see(degraded).items() if name.startswith("S-DA")]
         rows.append(torch.cat([part for one in seen for part in (one.mean((2, 3)), one.std((2, 3)).log())], 1))
-        labels += range(len(KINDS))
-    features, kind_of = torch.cat(rows).double(), torch.tensor(labels)
-    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
-    features = features @ torch.linalg.svd(features, full_matrices=False).Vh[:20].T
-    centres = torch.stack([features[kind_of == kind].mean(0) for kind in range(len(KINDS))])
-    spread = features - centres[kind_of]
-    within = spread.T @ spread / len(features) + 1e-3 * torch.eye(features.shape[1], dtype=torch.float64)
-    whitened = torch.linalg.cholesky(torch.linalg.inv(within))
-    axes = torch.linalg.svd((centres - centres.mean(0)) @ whitened, full_matrices=False).Vh[:2].T
-    points = (features @ whitened @ axes).numpy()
-    own, white = len(photos), features @ whitened
-    centre = centres @ whitened
-    distance = torch.cdist(white, centre)
-    left_out = white - (own * centre[kind_of] - white) / (own - 1)
-    distance[torch.arange(len(white)), kind_of] = left_out.norm(dim=1)
-    figure, axis = pyplot.subplots(figsize=(6.4, 5.2))
+    features, labels = torch.cat(rows).double().numpy(), np.tile(np.arange(len(KINDS)), len(photos))
+    dimensions = min(_DIMENSIONS, len(features) - 2)
+    model = make_pipeline(StandardScaler(), PCA(dimensions), LinearDiscriminantAnalysis(n_components=2))
+    points = model.fit_transform(features, labels)
+    figure = Figure((6.4, 5.2))
+    axis = figure.subplots()
     for number, kind in enumerate(KINDS):
-        chosen = (kind_of == number).numpy()
+        chosen = labels == number
         axis.scatter(points[chosen, 0], points[chosen, 1], s=14, label=kind.value, alpha=0.8)
     axis.set(title=f"{watched.name}: S-DA features of {len(photos)} photos with each flaw", xticks=[], yticks=[])
     axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(target, dpi=80)
-    pyplot.close(figure)
-    return float((distance.argmin(1) == kind_of).double().mean())
+    return float(cross_val_score(model, features, labels, cv=LeaveOneOut()).mean())

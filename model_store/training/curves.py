@@ -18,14 +18,12 @@ _PANELS = (
 
 def draw(log: Path, output: Path, window: int = 20) -> None:
     """One panel per quantity over steps: each logged mean, and its running mean over `window` of them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     panels = [(name, title) for name, title in _PANELS if any(name in line for line in lines)]
-    figure, (axes,) = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False)
+    figure = Figure((4 * len(panels), 3.2))
+    (axes,) = figure.subplots(1, len(panels), squeeze=False)
     for axis, (name, title) in zip(axes, panels):
         points = [(line["step"], line[name]) for line in lines if name in line]
         steps, values = np.array(points).T
