@@ -36,8 +36,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 class LimpidCodec:
     """A model of the store, run as the service runs it: same precision, same container, one photo at a time."""
 
-    def __init__(self, store: Path, name: str | None = None, device: str = "auto") -> None:
-        model, self.device = read_model(store, name), pick_device(device)
+    def __init__(self, store: Path, name: str | None = None) -> None:
+        model, self.device = read_model(store, name), pick_device("auto")
         self.entry = model.entry
         dtype = getattr(torch, transform_precision(self.device))
         self.codec = ShippedCodec.from_tensors(model.tensors, model.description, self.device, dtype)

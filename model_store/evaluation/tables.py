@@ -18,8 +18,12 @@ COLOURS = {
 }
 
 
-def table(records: Sequence[Record], bpp: float = 0.5) -> str:
-    """A Markdown table: the best PSNR within one rate per set, condition and codec, and BD-rate against each peer."""
+BUDGET = 0.5
+"""Bits per pixel."""
+
+
+def table(records: Sequence[Record]) -> str:
+    """A Markdown table: the best PSNR within `BUDGET` per set, condition and codec, and BD-rate against each peer."""
     all_curves = curves(records)
     codecs = sorted({codec for *_, codec in all_curves}, key=lambda c: (c not in COLOURS, list(COLOURS).index(c)))
     peers = [codec for codec in codecs if codec != "LIMPID"]
@@ -27,7 +31,7 @@ def table(records: Sequence[Record], bpp: float = 0.5) -> str:
         "set",
         "condition",
         "input dB",
-        *(f"{c} dB within {bpp}" for c in codecs),
+        *(f"{c} dB within {BUDGET}" for c in codecs),
         *(f"BD-rate vs {p}" for p in peers),
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -35,7 +39,7 @@ def table(records: Sequence[Record], bpp: float = 0.5) -> str:
         cells = [name, condition, "" if condition == "clean" else f"{input_psnr(records, name, condition):.2f}"]
         for codec in codecs:
             curve = all_curves.get((name, condition, codec))
-            value = curve.psnr_within(bpp) if curve else None
+            value = curve.psnr_within(BUDGET) if curve else None
             cells.append("-" if value is None else f"{value:.2f}")
         for peer in peers:
             ours, theirs = all_curves.get((name, condition, "LIMPID")), all_curves.get((name, condition, peer))

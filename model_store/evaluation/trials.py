@@ -18,6 +18,7 @@ from service.codec.shipped import pad_to_stride
 
 NAMING_RATE, GENERATION_RATE, SHEET_RATE = 4, 6, 5
 GENERATIONS = 10
+_WIDTH, _COLUMNS = 330, 3  # of a contact sheet: pixels of a photo, and pairs in a row
 
 _SAME = {Kind.SENSOR_NOISE: Kind.NOISE}  # the report tells no kind of noise from another
 _SEED = 9012
@@ -69,7 +70,7 @@ def generations(codec: LimpidCodec, root: Path, limit: int | None = None) -> dic
     return {"summary": summary, "psnr": rows}
 
 
-def contact_sheet(codec: LimpidCodec, paths: Sequence[Path], width: int = 330, columns: int = 3) -> Image.Image:
+def contact_sheet(codec: LimpidCodec, paths: Sequence[Path]) -> Image.Image:
     """Photos before and after, side by side, with bits per pixel and what the model's report says."""
     cells = []
     for path in tqdm(paths, desc="sheet"):
@@ -77,17 +78,17 @@ def contact_sheet(codec: LimpidCodec, paths: Sequence[Path], width: int = 330, c
         ((stream, after),) = codec.round_trip(before, [SHEET_RATE])
         found = ", ".join(f"{one.kind.label} {one.strength:.2f}" for one in stream.degradations) or "no report"
         text = f"{path.stem}: {8 * len(stream.to_bytes()) / stream.pixels:.2f} bpp, {found}"
-        height = round(width * before.shape[0] / before.shape[1])
-        cell = Image.new("RGB", (2 * width, height + 14), "white")
-        for at, photo in ((0, before), (width, after)):
-            cell.paste(Image.fromarray(photo).resize((width, height), Image.Resampling.LANCZOS), (at, 14))
+        height = round(_WIDTH * before.shape[0] / before.shape[1])
+        cell = Image.new("RGB", (2 * _WIDTH, height + 14), "white")
+        for at, photo in ((0, before), (_WIDTH, after)):
+            cell.paste(Image.fromarray(photo).resize((_WIDTH, height), Image.Resampling.LANCZOS), (at, 14))
         ImageDraw.Draw(cell).text((3, 1), text, "black")
         cells.append(cell)
-    rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
-    sheet = Image.new("RGB", (columns * (2 * width + 6), sum(max(c.height for c in row) for row in rows)), "white")
+    rows = [cells[at : at + _COLUMNS] for at in range(0, len(cells), _COLUMNS)]
+    sheet = Image.new("RGB", (_COLUMNS * (2 * _WIDTH + 6), sum(max(c.height for c in row) for row in rows)), "white")
     top = 0
     for row in rows:
         for column, cell in enumerate(row):
-            sheet.paste(cell, (column * (2 * width + 6), top))
+            sheet.paste(cell, (column * (2 * _WIDTH + 6), top))
         top += max(cell.height for cell in row)
     return sheet
