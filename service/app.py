@@ -75,6 +75,7 @@ async def _bring_up(service: Service) -> None:
     except Exception as error:  # whatever it is, the operator reads it at /readyz and in the log
         log.exception("the models could not be loaded")
         service.failure = f"the models could not be loaded: {error}"
+        await _reload_if_asked(service)
         return
 
     threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="image")
@@ -87,7 +88,13 @@ async def _bring_up(service: Service) -> None:
     metrics.queue_bytes.set_function(lambda: batcher.waiting_bytes)
     fields = {"models": list(engine.models), "device": str(engine.device), "precision": engine.precision}
     log.info("ready", extra={"fields": fields})
-    if service.reload_asked:
+    await _reload_if_asked(service)
+
+
+async def _reload_if_asked(service: Service) -> None:
+    """By a SIGHUP that came while the models loaded."""
+    asked, service.reload_asked = service.reload_asked, False
+    if asked:
         await reload_store(service)
 
 

@@ -309,9 +309,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0; 1 where something failed, which was printed; 130 after an interrupt. Wrong usage exits: 2.
     """
     args = _parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")  # the names of files may be any bytes
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # the names of files may be any bytes
     try:
         status = int(args.run(args, Settings()))
         sys.stdout.flush()

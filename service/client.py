@@ -12,13 +12,17 @@ one deadline over all attempts. Connections are reused. Every refusal is a typed
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
+import weakref
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, suppress
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import httpx
-from anyio.from_thread import start_blocking_portal
+from anyio import to_thread
 
 from service.calls import (
     Body,
@@ -64,12 +68,13 @@ __all__ = [
 async def _async_chunks(body: Body) -> AsyncIterator[bytes]:
     """Reads in a thread, so that a slow disk does not block the event loop."""
     each = chunks(body)
-    while (chunk := await asyncio.to_thread(next, each, None)) is not None:
+    while (chunk := await to_thread.run_sync(next, each, None, abandon_on_cancel=True)) is not None:
         yield chunk
 
 
 class Client:
-    """The service at `url`, for threads: one client may serve many. An `AsyncClient` does the work in one of its own.
+    """The service at `url`, for threads: one client may serve many. An `AsyncClient` does the work in one of its own,
+    which the first call starts and no fork takes along.
 
     Args:
         url: such as http://localhost:8000.
@@ -87,9 +92,9 @@ class Client:
     ) -> None:
         self._async = AsyncClient(url, api_key, policy, transport)
         self.policy = self._async.policy
-        self._open = ExitStack()
-        self._portal = self._open.enter_context(start_blocking_portal(name="limpid-client"))
-        self._open.callback(self._portal.call, self._async.close)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting = threading.Lock()
+        self._process = os.getpid()
 
     def __enter__(self) -> Client:
         return self
@@ -98,11 +103,24 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._open.close()
+        """Ends it; whoever still waits gets an error."""
+        if self._loop and not self._loop.is_closed() and self._process == os.getpid():
+            asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result()
+            self._stop()
+
+    async def _wind_up(self) -> None:
+        self._async.give_up()
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            _, late = await asyncio.wait(others, timeout=0.1)
+            for call in late:
+                call.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        await self._async.close()
 
     def give_up(self) -> None:
         """From another thread: nothing that failed is tried again from now on."""
-        self._portal.call(self._async.give_up)
+        if self._loop and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._async.give_up)
 
     def compress(
         self,
@@ -146,11 +164,39 @@ class Client:
         return variants_of(self._send(Call("GET", "/variants", policy or self.policy)))
 
     def _send(self, call: Call) -> httpx.Response:
-        under_way = self._portal.start_task_soon(self._async.send, call)
+        under_way = asyncio.run_coroutine_threadsafe(self._async.send(call), self._running())
         try:
             return under_way.result()
+        except CancelledError:
+            raise ServiceUnavailable("unreachable", "the client was closed meanwhile") from None
         finally:
             under_way.cancel()  # where Ctrl-C ended the wait
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        """The loop, which the first call starts."""
+        with self._starting:
+            if self._loop is None:
+                self._loop, self._process = asyncio.new_event_loop(), os.getpid()
+                thread = threading.Thread(target=_work, args=(self._loop,), name="limpid-client", daemon=True)
+                thread.start()
+                self._stop = weakref.finalize(self, _stop, self._loop, thread)
+                self._stop.atexit = False
+        if self._process != os.getpid():
+            raise RuntimeError("expected a client that this process used first: make one after the fork")
+        if self._loop.is_closed():
+            raise RuntimeError("expected an open client, it was closed")
+        return self._loop
+
+
+def _work(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    if thread.is_alive():
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
 
 
 class AsyncClient:

@@ -29,10 +29,10 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = True, modified: in
     Raises:
         FileExistsError: it exists and may not be overwritten.
     """
-    path = path.resolve()
     if overwrite and path.exists() and not path.is_file():
         path.write_bytes(data)
         return
+    path = path.resolve()
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         with new.open("wb") as file:

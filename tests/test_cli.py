@@ -50,6 +50,12 @@ def test_a_name_that_is_no_text_is_no_failure(tmp_path: Path, bikes: Photo) -> N
     for command in ("compress", "info"):
         done = subprocess.run([*LIMPID, command, str(tmp_path)], env=strict, capture_output=True, check=True)
         assert b"bad\xff.lmp" in done.stdout
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    (tmp_path / "a\xe9.lmp").write_bytes(b"none")
+    done = subprocess.run([*LIMPID, "info", str(tmp_path)], env=ascii_only, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert b"a\\xe9.lmp: expected" in done.stderr
+    assert b"bad\xff.lmp" in done.stdout
 
 
 def test_a_budget_is_kept(tmp_path: Path, bikes: Photo, capsys: Lines) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import http.server
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -217,6 +219,94 @@ def test_waiting_can_be_given_up() -> None:
         with pytest.raises(ServiceBusy):
             client.compress(b"photo")
         assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "",
+        "def held(limpid): raise SystemExit(0)\nheld(limpid)",
+        "limpid.me = limpid; del limpid",
+        "import os\nif not os.fork(): raise SystemExit(0)\nos.wait()",
+    ],
+)
+def test_a_client_that_nobody_closes_lets_the_process_end(script: str) -> None:
+    used = """
+from service.client import Client, LimpidError, Policy
+limpid = Client('http://127.0.0.1:9', policy=Policy(attempts=1))
+try:
+    limpid.variants()
+except LimpidError:
+    pass
+"""
+    code = used + script
+    subprocess.run([sys.executable, "-c", code], timeout=20, check=True)
+
+
+def test_a_forked_client_says_so_at_once() -> None:
+    script = """
+import os
+from service.client import Client, LimpidError, Policy
+fresh, used = (Client('http://127.0.0.1:9', policy=Policy(attempts=1)) for _ in range(2))
+def call(limpid):
+    try:
+        limpid.variants()
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+call(used)
+if not os.fork():
+    call(used)
+    call(fresh)
+    os._exit(0)
+os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=20, capture_output=True, text=True, check=True)
+    first, second, third = done.stdout.splitlines()
+    assert first.startswith("ServiceUnavailable")
+    assert second.startswith("RuntimeError")
+    assert "after the fork" in second
+    assert third.startswith("ServiceUnavailable")
+
+
+def test_closing_ends_the_waiting_of_others() -> None:
+    busy = [problem(429, "queue-full", **{"retry-after": "30"}) for _ in range(2)]
+    client = Client("http://x", transport=httpx.MockTransport(Script(*busy)))
+    errors: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            client.compress(b"photo")
+        except LimpidError as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    client.close()
+    waiting.join(10)
+    assert time.monotonic() - started < 3
+    assert [type(error) for error in errors] == [ServiceBusy]
+    client.give_up()  # as harmless as closing again
+    client.close()
+
+
+def test_a_body_that_blocks_does_not_hold_up_the_end() -> None:
+    def stuck() -> Iterator[bytes]:
+        yield b"photo"
+        time.sleep(5)
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        await request.aread()
+        return good()
+
+    started = time.monotonic()
+    with (
+        Client("http://x", policy=Policy(deadline=0.5, attempts=1), transport=httpx.MockTransport(answer)) as client,
+        pytest.raises(ServiceUnavailable),
+    ):
+        client.compress(stuck)
+    assert time.monotonic() - started < 3
 
 
 def test_a_key_of_a_file_is_read_and_one_that_no_header_carries_is_not_told() -> None:

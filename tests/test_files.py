@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -105,4 +107,12 @@ def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path: Path) -> None:
     write_whole(tmp_path / "pipe", b"through")
     reader.join(10)
     assert read == [b"through"]
+    (tmp_path / "to-pipe").symlink_to(tmp_path / "pipe")
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    write_whole(tmp_path / "to-pipe", b"again")
+    reader.join(10)
+    assert read == [b"through", b"again"]
+    script = "from pathlib import Path; from service.files import write_whole; write_whole(Path('/dev/stdout'), b'x')"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout == b"x"
     assert (tmp_path / "pipe").is_fifo()

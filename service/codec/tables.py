@@ -53,18 +53,20 @@ class CdfTables:
         arrays = (self.cdf, self.size, self.offset)
         if any(array.dtype != np.int32 for array in arrays) or not self.size.shape == self.offset.shape == (rows,):
             raise ValueError("expected int32 tables with a size and an offset per row")
-        if ((self.size < 2) | (self.size > most)).any():
+        if ((self.size < 3) | (self.size > most)).any():
             raise ValueError(
-                f"expected 2 to {most} entries in use per table, got {self.size.min()} to {self.size.max()}"
+                f"expected 3 to {most} entries in use per table, got {self.size.min()} to {self.size.max()}"
             )
         used = np.arange(1, most) < self.size[:, None]
         ends = self.cdf[np.arange(rows), self.size - 1]
-        if self.cdf[:, 0].any() or (np.diff(self.cdf, axis=1) < 1)[used].any() or (ends != 1 << PRECISION).any():
+        rises = np.diff(self.cdf.astype(np.int64), axis=1) > 0
+        if self.cdf[:, 0].any() or not rises[used].all() or (ends != 1 << PRECISION).any():
             raise ValueError(f"expected frequencies that rise from 0 to {1 << PRECISION} in every table")
 
     def within(self, limit: int) -> bool:
         """Whether all symbols lie in +-limit."""
-        return bool((self.offset >= -limit).all() and (self.offset + self.size - 2 <= limit).all())
+        offset = self.offset.astype(np.int64)
+        return bool((offset >= -limit).all() and (offset + self.size - 2 <= limit).all())
 
     @classmethod
     def from_masses(cls, masses: list[NDArray[np.float64]], offsets: list[int]) -> CdfTables:

@@ -176,12 +176,21 @@ assert not {"compressai", "torchvision"} & set(sys.modules), "start-up pays for 
         ("cdf", lambda cdf: cdf.astype(np.int64)),
         ("size", lambda size: size + 10**4),
         ("size", lambda size: size * 0 + 1),
+        ("cdf", lambda cdf: np.where(np.arange(cdf.shape[1]) == 1, np.int32(-(2**31)), cdf)),
         ("size", lambda size: size[:-1]),
         ("offset", lambda offset: offset[:-1]),
     ],
 )
 def test_tables_that_would_end_the_coder_are_refused(part: str, change: Callable[[Any], Any]) -> None:
     good = vars(gaussian_tables())
-    CdfTables(**good)
+    assert CdfTables(**good).within(2**15)
+    assert not CdfTables(**{**good, "offset": np.full_like(good["offset"], 2**31 - 1)}).within(2**15)
     with pytest.raises(ValueError, match="expected"):
         CdfTables(**{**good, part: change(good[part])})
+
+
+def test_a_table_of_one_symbol_is_refused() -> None:
+    """It would have to be certain, for which the coder has no number."""
+    one = np.zeros(1, np.int32)
+    with pytest.raises(ValueError, match="3 to 2 entries"):
+        CdfTables(np.array([[0, 2**16]], np.int32), one + 2, one)

@@ -70,7 +70,7 @@ def test_a_curve_of_twice_the_bits_is_a_hundred_percent_worse() -> None:
     assert validation.compared(two, replace(two, psnr=(27.0, 30.5))) == "5: +1.00 dB +0.0%, 7: -0.50 dB +0.0%"
 
 
-def test_a_file_of_an_earlier_exam_is_compared_with(
+def test_a_file_of_an_earlier_validation_is_compared_with(
     sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     curve = Curve((0.1, 0.2, 0.4), (28.0, 30.0, 32.0), (2, 4, 6))
