@@ -104,7 +104,7 @@ class Client:
 
     def close(self) -> None:
         """Ends it; whoever still waits gets an error."""
-        if self._loop and not self._loop.is_closed() and self._process == os.getpid():
+        if self._loop and self._is_running():
             asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result()
             self._stop()
 
@@ -119,8 +119,11 @@ class Client:
 
     def give_up(self) -> None:
         """From another thread: nothing that failed is tried again from now on."""
-        if self._loop and not self._loop.is_closed():
+        if self._loop and self._is_running():
             self._loop.call_soon_threadsafe(self._async.give_up)
+
+    def _is_running(self) -> bool:
+        return self._loop is not None and not self._loop.is_closed() and self._process == os.getpid()
 
     def compress(
         self,
@@ -196,7 +199,8 @@ def _work(loop: asyncio.AbstractEventLoop) -> None:
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     if thread.is_alive():
         loop.call_soon_threadsafe(loop.stop)
-        thread.join()
+        if thread is not threading.current_thread():  # in which a forgotten client may be collected
+            thread.join()
 
 
 class AsyncClient:

@@ -113,23 +113,19 @@ def test_whoever_watches_may_end_the_work(engine: Engine, bikes: Photo, monkeypa
     assert gone() is None  # with whatever it held on to: the photo, its result
 
 
-def test_a_lost_device_is_told_apart(engine: Engine, bikes: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(*_: object) -> None:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [("an illegal memory access was encountered", DeviceFailure), ("out of memory", MemoryError)],
+)
+def test_a_lost_device_is_told_from_a_full_one(
+    engine: Engine, bikes: Photo, monkeypatch: pytest.MonkeyPatch, said: str, kind: type[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError(f"CUDA error: {said}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.default.codec, "analyse", lost)
-        with pytest.raises(DeviceFailure, match="illegal memory access"):
-            engine.encode([EncodeJob(bikes, 4)])
-
-
-def test_a_full_device_is_not_a_lost_one(engine: Engine, bikes: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise torch.AcceleratorError("CUDA error: out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.default.codec, "analyse", full)
-        with pytest.raises(MemoryError, match="out of memory"):
+        patch.setattr(engine.default.codec, "analyse", fail)
+        with pytest.raises(kind, match=said):
             engine.encode([EncodeJob(bikes, 4)])
 
 

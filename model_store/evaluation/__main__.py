@@ -26,7 +26,15 @@ import torch
 from model_store.evaluation.codecs import LimpidCodec
 from model_store.evaluation.conditions import MEASURED, SETS
 from model_store.evaluation.features import Watched, draw_embedding, draw_maps
-from model_store.evaluation.measuring import best_strengths, cascade_of, is_gaussian, model_of, of_each_photo, peers_of
+from model_store.evaluation.measuring import (
+    Work,
+    best_strengths,
+    cascade_of,
+    is_gaussian,
+    model_of,
+    of_each_photo,
+    peers_of,
+)
 from model_store.evaluation.rate_distortion import Record, curves, read_records
 from model_store.evaluation.tables import plot, published_table, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
@@ -56,28 +64,27 @@ def _relative(argument: str) -> str:
     return os.path.relpath(argument) if argument.startswith("/") else argument
 
 
+def _measure(args: argparse.Namespace, who: str, name: str, work: Work) -> None:
+    records = of_each_photo(args.photos, name, work, args.jobs, args.limit)
+    _write(args.results / f"{who}-{name}.json", records, args.jobs)
+
+
 def _peers(args: argparse.Namespace) -> None:
     for name in args.sets:
-        _write(
-            args.results / f"peers-{name}.json",
-            of_each_photo(args.photos, name, peers_of, args.jobs, args.limit),
-            args.jobs,
-        )
+        _measure(args, "peers", name, peers_of)
 
 
 def _cascade(args: argparse.Namespace) -> None:
     for name in args.sets:
         if any(is_gaussian(condition) for condition in SETS[name]):
             strengths = best_strengths(args.photos, name, args.limit)
-            records = of_each_photo(args.photos, name, partial(cascade_of, strengths), args.jobs, args.limit)
-            _write(args.results / f"cascade-{name}.json", records, args.jobs)
+            _measure(args, "cascade", name, partial(cascade_of, strengths))
 
 
 def _model(args: argparse.Namespace) -> None:
     model = args.name or read_index(args.store)["default"]
     for name in args.sets:
-        records = of_each_photo(args.photos, name, partial(model_of, args.store, model), args.jobs, args.limit)
-        _write(args.results / f"{model}-{name}.json", records, args.jobs)
+        _measure(args, model, name, partial(model_of, args.store, model))
 
 
 def _naming(args: argparse.Namespace) -> None:

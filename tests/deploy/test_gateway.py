@@ -40,6 +40,15 @@ def number(photo: Photo) -> int:
     return sum((photo[8:24, 32 * bit + 8 : 32 * bit + 24].mean() > 128) << bit for bit in range(5))
 
 
+async def run_for(seconds: float, gateway: Gateway, poll: float) -> None:
+    """Let a gateway work for a while, then stop it."""
+    stop = asyncio.Event()
+    work = asyncio.create_task(gateway.run(stop, poll))
+    await asyncio.sleep(seconds)
+    stop.set()
+    await work
+
+
 @contextmanager
 def camera(frames: list[bytes]) -> Iterator[str]:
     """An MJPEG camera that films `frames` once, ten a second, and then only holds the line."""
@@ -285,11 +294,7 @@ def test_only_what_the_frame_is_to_blame_for_refuses_it(
 
     async def work() -> None:
         async with AsyncClient("http://x", transport=httpx.MockTransport(answer)) as limpid:
-            stop = asyncio.Event()
-            work = asyncio.create_task(Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False).run(stop, 0.01))
-            await asyncio.sleep(0.5)
-            stop.set()
-            await work
+            await run_for(0.5, Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False), poll=0.01)
 
     asyncio.run(work())
     assert (tmp_path / "out/refused/a.TIF").exists() is refused
@@ -313,11 +318,7 @@ def test_a_frame_whose_writer_pauses_is_not_lost(tmp_path: Path) -> None:
             assert gateway.waiting() == []
             await asyncio.sleep(0.1)
             assert gateway.waiting() == []
-            stop = asyncio.Event()
-            work = asyncio.create_task(gateway.run(stop, 0.02))
-            await asyncio.sleep(1.5)
-            stop.set()
-            await work
+            await run_for(1.5, gateway, poll=0.02)
 
     asyncio.run(work())
     assert sent == [b"part", b"whole frame"]
@@ -343,11 +344,7 @@ def test_a_frame_that_is_rewritten_while_its_result_is_written_is_sent_too(
     async def work() -> None:
         async with AsyncClient("x", transport=httpx.MockTransport(answer)) as limpid:
             path.write_bytes(b"one")
-            stop = asyncio.Event()
-            work = asyncio.create_task(Gateway(limpid, tmp_path, out, {}, 1, True).run(stop, 0.02))
-            await asyncio.sleep(1)
-            stop.set()
-            await work
+            await run_for(1, Gateway(limpid, tmp_path, out, {}, 1, True), poll=0.02)
 
     monkeypatch.setattr("deploy.gateway.write_whole", slow)
     asyncio.run(work())
@@ -389,11 +386,7 @@ def test_a_frame_is_sent_once_whatever_times_its_result_can_have(
 
     async def work() -> None:
         async with AsyncClient("x", transport=httpx.MockTransport(answer)) as limpid:
-            stop = asyncio.Event()
-            work = asyncio.create_task(Gateway(limpid, frames, tmp_path / "out", {}, 1, False).run(stop, 0.02))
-            await asyncio.sleep(0.5)
-            stop.set()
-            await work
+            await run_for(0.5, Gateway(limpid, frames, tmp_path / "out", {}, 1, False), poll=0.02)
 
     frames.mkdir()
     for name in "abc":
