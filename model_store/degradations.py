@@ -358,15 +358,16 @@ def jpeg(x: Tensor, draw: Draw, ranges: Ranges) -> Tensor:
 
 
 MAKERS: dict[Kind, Callable[[Tensor, Draw, Ranges], Tensor]] = {
-    Kind.NOISE: noise,
-    Kind.SENSOR_NOISE: sensor_noise,
     Kind.RAIN: rain,
     Kind.SNOW: snow,
     Kind.HAZE: haze,
-    Kind.LOW_LIGHT: low_light,
     Kind.BLUR: blur,
+    Kind.LOW_LIGHT: low_light,
+    Kind.NOISE: noise,
+    Kind.SENSOR_NOISE: sensor_noise,
     Kind.JPEG: jpeg,
 }
+"""In the order in which a photo meets them: the air, the lens, the sensor, the file."""
 
 
 def degrade(x: Tensor, kinds: Sequence[Sequence[Kind]], generator: torch.Generator, ranges: Ranges) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from model_store.degradations import EVALUATION, MAKERS, Kind, degrade
+from model_store.degradations import EVALUATION, Kind, degrade
 from model_store.evaluation.codecs import LimpidCodec
 from model_store.images import as_tensor, psnr, read_rgb
 from service.codec.shipped import pad_to_stride
@@ -30,7 +30,7 @@ def naming(codec: LimpidCodec, root: Path, limit: int | None = None) -> dict[str
     Every photo of Kodak is shown once with each kind. Right is a report whose first, strongest, kind is the one.
     """
     paths = sorted((root / "kodak").glob("*.png"))[:limit]
-    said: dict[Kind, Counter[str]] = {kind: Counter() for kind in (Kind.CLEAN, *MAKERS)}
+    said: dict[Kind, Counter[str]] = {kind: Counter() for kind in Kind}
     only: Counter[Kind] = Counter()
     for index, path in enumerate(tqdm(paths, desc="naming")):
         x = as_tensor(read_rgb(path))

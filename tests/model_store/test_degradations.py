@@ -13,6 +13,7 @@ from model_store.degradations import (
     Kind,
     Ranges,
     degrade,
+    degrade_measured,
     filter_each,
     line_kernels,
     lines,
@@ -49,6 +50,14 @@ def test_photos_get_their_own_kinds_and_clean_ones_none(parrots: Photo) -> None:
     assert torch.equal(out[2], x[2])
     assert not torch.equal(out[1], x[1])
     assert not torch.equal(out[3], x[3])
+
+
+def test_the_sensor_sees_what_came_through_the_lens() -> None:
+    grey, seed = torch.full((2, 3, 96, 96), 0.5), torch.Generator().manual_seed(6)
+    out, added_mse = degrade_measured(grey, [(Kind.BLUR, Kind.NOISE), (Kind.HAZE, Kind.NOISE)], seed, TRAINING)
+    for noisy, told in zip(out, added_mse):
+        spread = (noisy - noisy.mean((1, 2), keepdim=True)).square().mean()
+        assert float(spread) == pytest.approx(told[Kind.NOISE], rel=0.1)  # nothing has blurred or veiled it
 
 
 def test_the_same_seed_gives_the_same_harm(parrots: Photo) -> None:
