@@ -38,7 +38,7 @@ def export(
     """Write `<name>.safetensors` and its entry in `store.json`. Returns the entry.
 
     A report head that `model_store.training.report` left beside the checkpoint becomes part of the model. With a folder
-    of photographs, the frequencies of y are counted on them; without, they are Gaussian.
+    of photographs, the frequencies of y and z are counted on them; without, they are Gaussian and logistic.
 
     Raises:
         ValueError: the store already has another model of that name, or the head beside the checkpoint is another's.

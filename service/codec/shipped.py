@@ -263,11 +263,12 @@ class ShippedCodec:
         )
         clipped = self.y_tables.clip(symbols, levels)
         encoder = Encoder()
-        encoder.add(latents.z, self._z_channels(len(latents.z)), self.z_tables[latents.rate])
+        encoder.add(latents.z, self.z_channels(len(latents.z)), self.z_tables[latents.rate])
         encoder.add(clipped, levels, self.y_tables)
         return Coded(encoder.finish(), Outliers.between(symbols, clipped).to_bytes())
 
-    def _z_channels(self, count: int) -> Symbols:
+    def z_channels(self, count: int) -> Symbols:
+        """The channel of each of so many symbols of z, in coding order."""
         return np.repeat(np.arange(self.config.hyper, dtype=np.int32), count // self.config.hyper)
 
     # --- decoding ---------------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ class ShippedCodec:
         zh, zw = -(-h // 4), -(-w // 4)
         decoders = [Decoder(one.payload, hyper * zh * zw + n * h * w) for one in coded]
         outliers = [Outliers.from_bytes(one.outliers, n * h * w) for one in coded]
-        channels = self._z_channels(hyper * zh * zw)
+        channels = self.z_channels(hyper * zh * zw)
         z = [decoder.take(channels, self.z_tables[index]) for decoder, index in zip(decoders, rate.tolist())]
         starts = [0] * len(coded)
 
