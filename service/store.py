@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 
 from service.codec.bitstream import MODEL_ID_BYTES
 from service.codec.config import MODEL_NAME, RATE_POINTS
-from service.codec.known_answer import known_answer
+from service.codec.known_answer import CODER_ANSWER, coder_answer, known_answer
 from service.codec.shipped import ShippedCodec
 from service.files import write_whole
 
@@ -172,6 +172,11 @@ class ModelStore:
             codec = ShippedCodec.from_tensors(tensors, description, device, dtype)
         except (SafetensorError, ValueError) as error:
             raise StoreError(f"model {entry.name}: {path}: {error}") from error
+        if coder_answer() != CODER_ANSWER:
+            raise StoreError(
+                "the entropy coder (compressai.ans) writes other bytes than it should, is it of another version? "
+                "Bitstreams made here would not decode elsewhere"
+            )
         answer = known_answer(codec)
         if answer != entry.known_answer:
             raise StoreError(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from service.codec import rans
 from service.codec.known_answer import known_answer
 from service.settings import DEFAULT_STORE
 from service.store import ModelStore, StoreError
@@ -55,6 +56,13 @@ def test_a_device_that_computes_otherwise_is_refused(copy: Path) -> None:
     edit(copy, known_answer="0" * 64)
     store = ModelStore(copy)
     with pytest.raises(StoreError, match="would not decode elsewhere"):
+        store.load(store.index.models[0], CPU)
+
+
+def test_an_entropy_coder_that_writes_other_bytes_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rans.Encoder, "finish", lambda self: self._encoder.flush()[::-1])
+    store = ModelStore(copy)
+    with pytest.raises(StoreError, match="other bytes than it should"):
         store.load(store.index.models[0], CPU)
 
 

@@ -1,4 +1,5 @@
-"""The known-answer test of the exact path: what every device must say of one input before a model may serve on it."""
+"""Known-answer tests: what the exact path must say of one input on every device before a model may serve on it, and
+the entropy coder on every machine."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from service.codec.config import RATE_POINTS
 from service.codec.prior import parts
+from service.codec.rans import Decoder, Encoder, GuardedTables
 from service.codec.shipped import ShippedCodec
+from service.codec.tables import CdfTables
 
 
 @torch.inference_mode()
@@ -34,6 +37,24 @@ def known_answer(codec: ShippedCodec) -> str:
             digest.update(whole.permute(0, 3, 1, 2).to(torch.int32).cpu().numpy().astype("<i4").tobytes())
         known = known + part.placed(part.gathered(y_hat), h, w)
     return digest.hexdigest()
+
+
+CODER_ANSWER = "4ca7413e29c816c5ae869412c103ab6b801ef38afdc4480be2b00b0b57a19efa"
+
+
+def coder_answer() -> str:
+    """SHA-256 of the bytes that the entropy coder makes of fixed symbols, and of what it reads from them again."""
+    tables = GuardedTables(
+        CdfTables.from_masses([np.arange(1.0, 18), np.ones(300), np.array([1.0, 2000, 3])], [-8, -150, -1])
+    )
+    index = np.arange(3000, dtype=np.int32)
+    rows = index % 3
+    symbols = tables.clip(index * 7919 % 301 - 150, rows)
+    encoder = Encoder()
+    encoder.add(symbols, rows, tables)
+    payload = encoder.finish()
+    again = Decoder(payload, len(rows)).take(rows, tables)
+    return hashlib.sha256(payload + again.astype("<i4").tobytes()).hexdigest()
 
 
 def _pattern(channels: int, h: int, w: int, modulus: int, salt: int) -> Tensor:
