@@ -75,6 +75,10 @@ class DegradationKind(IntEnum):
         return self.name.lower().replace("_", "-")
 
 
+_KNOWN = frozenset(DegradationKind)
+"""Others are of a later report, which changes no pixel: a reader passes over them."""
+
+
 @dataclass(frozen=True)
 class Degradation:
     """One finding of the encoder: a kind and how strong it is, in [0, 1].
@@ -171,11 +175,7 @@ class Bitstream:
             raise CorruptBitstream(
                 f"the stream states {outliers} + {payload} bytes of content but holds {len(body) - first}"
             )
-        try:
-            report = tuple(
-                Degradation(DegradationKind(body[at]), body[at + 1] / 255) for at in range(_HEAD.size, start, 2)
-            )
-        except ValueError as error:
-            raise CorruptBitstream(f"degradation report: {error}") from None
+        told = ((body[at], body[at + 1] / 255) for at in range(_HEAD.size, start, 2))
+        report = tuple(Degradation(DegradationKind(kind), strength) for kind, strength in told if kind in _KNOWN)
         middle = first + outliers
         return cls(model_id, rate, width, height, report, body[first:middle], body[middle:])
