@@ -106,6 +106,10 @@ def degraded_photo(clean: Photo, index: int, condition: str) -> Photo:
     return as_photo(out[0])
 
 
+PAIRED = ("noisy", "rain")
+"""What the degraded photo of a pair is called by, beside `X_clean.png`."""
+
+
 def clean_paths(root: Path, name: str) -> list[Path]:
     """The clean photos of a set, sorted.
 
@@ -120,11 +124,18 @@ def clean_paths(root: Path, name: str) -> list[Path]:
 
 
 def uploaded(path: Path, clean: Photo, index: int, condition: str) -> Photo:
-    """What a codec gets of the photo at `index` of its sorted set: of `pairs` the one beside `X_clean.png`."""
+    """What a codec gets of the photo at `index` of its sorted set: of `pairs` the one beside `X_clean.png`.
+
+    Raises:
+        ValueError: of `pairs`, there is none or more than one.
+    """
     if condition != "pairs":
         return degraded_photo(clean, index, condition)
-    (other,) = set(path.parent.glob(f"{path.stem.removesuffix('_clean')}_*.png")) - {path}
-    return read_rgb(other)
+    name = path.stem.removesuffix("_clean")
+    others = [other for flaw in PAIRED if (other := path.with_name(f"{name}_{flaw}.png")).exists()]
+    if len(others) != 1:
+        raise ValueError(f"expected one of {name}_{{{','.join(PAIRED)}}}.png beside {path}")
+    return read_rgb(others[0])
 
 
 def samples_of(path: Path, index: int, name: str) -> Iterator[Sample]:

@@ -46,7 +46,8 @@ class Curve:
 
     def psnr_at(self, bpp: float) -> float:
         """PSNR at a rate, by PCHIP over log rate; beyond the ends of the curve too."""
-        return float(PchipInterpolator(np.log(self.bpp), self.psnr)(np.log(bpp)))
+        best = dict(sorted(zip(self.bpp, self.psnr)))  # the better of two at one rate
+        return float(PchipInterpolator(np.log(list(best)), list(best.values()))(np.log(bpp)))
 
     def psnr_within(self, bpp: float) -> float | None:
         """The best PSNR that a budget of rate allows; None below the smallest rate.

@@ -16,7 +16,7 @@ from PIL import Image
 
 from model_store.evaluation import trials
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
-from model_store.evaluation.conditions import degraded_photo
+from model_store.evaluation.conditions import degraded_photo, uploaded
 from model_store.evaluation.rate_distortion import Curve, Record, bd_rate, curves, frontier, read_records
 from model_store.evaluation.tables import plot, published_table, table
 from model_store.images import psnr
@@ -42,6 +42,12 @@ def test_a_budget_is_not_spent_on_noise() -> None:
     assert 27.0 < float(RISING.psnr_within(0.5) or 0) < 31.0
     assert RISING.psnr_within(2.0) == 31.0
     assert RISING.psnr_within(0.05) is None
+
+
+def test_of_two_points_at_one_rate_the_better_counts() -> None:
+    twice = Curve((0.1, 0.1, 0.3), (24.0, 25.0, 27.0), (1, 2, 3))
+    assert twice.psnr_at(0.1) == pytest.approx(25)
+    assert 25 < float(twice.psnr_within(0.2) or 0) < 27
 
 
 def test_half_the_bits_at_equal_quality_is_minus_50_percent() -> None:
@@ -145,6 +151,16 @@ def test_a_peer_is_a_real_file_of_the_photo(parrots: Photo, format: str) -> None
 def test_what_is_measured_on_stays_what_it_was(parrots: Photo, condition: str, value: float) -> None:
     """Results of another day are compared with these: a changed draw would make them lies."""
     assert psnr(degraded_photo(parrots, 3, condition), parrots) == pytest.approx(value, abs=0.02)
+
+
+def test_a_pair_is_the_photo_and_the_one_beside_it(tmp_path: Path, parrots: Photo) -> None:
+    clean, noisy = tmp_path / "a_clean.png", tmp_path / "a_noisy.png"
+    Image.fromarray(parrots).save(clean)
+    with pytest.raises(ValueError, match="expected one of a_"):
+        uploaded(clean, parrots, 0, "pairs")
+    Image.fromarray(255 - parrots).save(noisy)
+    Image.fromarray(parrots).save(tmp_path / "a_b_noisy.png")  # of another pair
+    assert np.array_equal(uploaded(clean, parrots, 0, "pairs"), 255 - parrots)
 
 
 @pytest.mark.parametrize(
