@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of the transforms")
     parser.add_argument("--prior-lr", type=float, default=1e-3, help="learning rate of the entropy model")
     parser.add_argument("--steady", type=float, default=0.5, help="share of the time before the learning rate decays")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, help="default: another one for every run, which its record tells")
     parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--start-from", type=Path, help="weights to start with: a checkpoint.pt, or a file of states/")

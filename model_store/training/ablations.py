@@ -60,10 +60,10 @@ def _float_prior() -> Iterator[None]:
         return x
 
     def clamped(acc: Tensor, low: float, high: float) -> Tensor:
-        return exact.straight_clamp(acc - 0.5, low, high)  # the half was there to be rounded
+        return exact.ste_clamp(acc - 0.5, low, high)  # the half was there to be rounded
 
     with (
-        mock.patch.object(exact, "straight_round", same),
+        mock.patch.object(exact, "ste_round", same),
         mock.patch.object(exact, "requantise", clamped),
         mock.patch.object(prior, "requantise", clamped),
     ):

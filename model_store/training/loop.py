@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -62,7 +63,7 @@ def train(
     schedule: Schedule,
     batch: int,
     crop: int,
-    seed: int,
+    seed: int | None,
     device: str | None = None,
     compiled: bool = True,
     start_from: Path | None = None,
@@ -73,6 +74,7 @@ def train(
     """Train or resume until the schedule's time is used up. Returns the path of the last checkpoint.
 
     Args:
+        seed: of all that is drawn; None draws one. A run that goes on goes on drawing from its own.
         start_from: weights to start from; else the start is warm, or with `warm` off random.
         only: what the names of the parameters that learn begin with, a regular expression. Where it leaves the
             transforms as they are, the entropy model learns alone, in a fraction of the time.
@@ -87,6 +89,7 @@ def train(
     bf16 = transform_precision(where) == "bfloat16"  # emulated where the hardware lacks it: ten times slower
     run.mkdir(parents=True, exist_ok=True)
     path = run / "checkpoint.pt"
+    seed = secrets.randbelow(2**31) if seed is None else seed
     torch.manual_seed(seed)
     pool = PhotoPool(photos, crop, where)
     model = TrainableCodec(CONFIGS[size]).to(where)
@@ -108,9 +111,7 @@ def train(
         parameter.requires_grad for part in (model.g_a, model.g_s) for parameter in part.parameters()
     )
     captured = where.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        _groups(model, schedule), betas=(0.9, 0.98), weight_decay=0.01, fused=True, capturable=captured
-    )
+    optimizer = torch.optim.Adam(_groups(model, schedule), betas=(0.9, 0.98), fused=True, capturable=captured)
     batches, ema = Batches(pool, batch, crop, where, seed, one_kind=True), Ema(model)
     step, seconds = 0, 0.0
     if path.exists():
@@ -133,7 +134,7 @@ def train(
         torch.set_rng_state(state["noise"].cpu())
         if where.type == "cuda":
             torch.cuda.set_rng_state(state["device_noise"].cpu(), where)
-        step, seconds = state["step"], state["seconds"]
+        step, seconds, seed = state["step"], state["seconds"], state["record"]["seed"]
         if seconds >= 60 * schedule.minutes:
             return path
     if compiled and bf16:  # in float32 on a CPU, what is compiled is a sixth slower (measured with AVX2)

@@ -55,7 +55,7 @@ REPORT_SHARES = {Kind.CLEAN: 0.2, **dict.fromkeys(REPORTED_AS, 0.085)}
 """How often each kind is drawn alone, more evenly than for the codec: what is rare would hardly ever be named."""
 
 _KEPT, _REPLAYS = 384, 16
-"""Batches that are kept (10 MB each for `base`), and how many of them are learned from for every new one."""
+"""Batches that are kept (6.4 MB each for `base`), and how many of them are learned from for every new one."""
 
 _ABSENT, _PRESENT = 42.0, 38.0  # dB that a flaw alone leaves; between them either answer is right
 
@@ -79,7 +79,7 @@ def check_encoder(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 def encoder_of(weights: Mapping[str, Tensor]) -> str:
     """The SHA-256 of the encoder's weights."""
-    encoder = {name: value for name, value in weights.items() if name.startswith("g_a.")}
+    encoder = {name: value.contiguous() for name, value in weights.items() if name.startswith("g_a.")}
     return hashlib.sha256(save(encoder)).hexdigest()
 
 
@@ -133,6 +133,7 @@ def train_report(
     device = pick_device("auto")
     size = torch.load(checkpoint, map_location="cpu", weights_only=True)["size"]
     weights = read_weights(checkpoint)
+    encoder = encoder_of(weights)
     model = TrainableCodec(config_of(size, weights))
     model.load_state_dict(weights)
     g_a = model.g_a.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -164,7 +165,7 @@ def train_report(
         bar.set_description(f"step {step}  loss {mean:.4f}", refresh=False)
     bar.close()
     learned = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
-    save_file(learned, path, {_ENCODER: encoder_of(weights)})
+    save_file(learned, path, {_ENCODER: encoder})
     return path
 
 

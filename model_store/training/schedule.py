@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WARM_UP_STEPS = 200
+WARM_UP_STEPS, WARM_UP_SHARE = 200, 0.05
+"""The learning rates rise for so many steps, in a short run for this share of its time."""
 
 
 def decay(progress: float, steady: float = 0.0) -> float:
@@ -16,7 +17,7 @@ def decay(progress: float, steady: float = 0.0) -> float:
 class Schedule:
     """Learning rates over a budget of time: a steady share of it, then a linear decay to 2%.
 
-    `lr` is that of the transforms, `prior_lr` that of the entropy model; the first `WARM_UP_STEPS` steps rise to them.
+    `lr` is that of the transforms, `prior_lr` that of the entropy model.
     """
 
     minutes: float
@@ -26,4 +27,6 @@ class Schedule:
 
     def factor(self, seconds: float, step: int) -> float:
         """What the rates are multiplied by, after so many seconds and steps."""
-        return min(1.0, (step + 1) / WARM_UP_STEPS) * decay(seconds / (60 * self.minutes), self.steady)
+        progress = seconds / (60 * self.minutes)
+        warm = max((step + 1) / WARM_UP_STEPS, progress / WARM_UP_SHARE)
+        return min(1.0, warm) * decay(progress, self.steady)

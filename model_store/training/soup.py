@@ -66,7 +66,7 @@ class Soup:
         self.shares = torch.zeros(len(others), len(self.blocks), requires_grad=True)
 
     @torch.no_grad()
-    def stir(self, shares: Tensor) -> None:
+    def apply(self, shares: Tensor) -> None:
         """Give the model the weights of these shares."""
         column = {block: shares[:, index].tolist() for index, block in enumerate(self.blocks)}
         for name, parameter in self._parameters.items():
@@ -75,7 +75,7 @@ class Soup:
                 parameter.add_(step[name], alpha=share)
 
     @torch.no_grad()
-    def collect(self) -> None:
+    def accumulate_grad(self) -> None:
         """Add the gradient of the model's weights, clipped as a gradient of the shares, to that of the shares."""
         grads = {name: one.grad for name, one in self._parameters.items() if one.grad is not None}
         place = torch.tensor([self.blocks.index(self._block[name]) for name in grads])
@@ -135,7 +135,7 @@ def soup(
         model.zero_grad(set_to_none=True)
         loss = costs(out, data.clean, data.rate)[0].log().mean()
         loss.backward()  # type: ignore[no-untyped-call]
-        mixed.collect()
+        mixed.accumulate_grad()
         progress = (time.monotonic() - began) / (60 * minutes)
         if count % BATCHES == 0:
             for group in optimizer.param_groups:
@@ -144,14 +144,14 @@ def soup(
             optimizer.zero_grad()
             steps += 1
             mean.lerp_(mixed.shares.detach(), 1 - min(0.97, steps / (steps + 9)))
-            mixed.stir(mixed.shares)
+            mixed.apply(mixed.shares)
         bar.update(min(round(60 * minutes), round(60 * minutes * progress)) - bar.n)
         if progress >= 1:
             break
     bar.close()
     if not steps:
         raise ValueError(f"expected time for {BATCHES} batches at least, {minutes:g} minutes were enough for {count}")
-    mixed.stir(mean)
+    mixed.apply(mean)
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     told = ", ".join(
         f"{share:.3f} {path.parent.name}/{path.name}" for share, path in zip(mean.mean(1).tolist(), others)

@@ -20,11 +20,14 @@ STEADY_WEIGHT, STEADY_NOISE = 0.5, 0.05
 The weight is that of the mean squared distance between the two; the noise, in steps, is what g_s and g_a may lose."""
 
 EMA_DECAY = 0.999
+"""Reached after 9,000 steps; before, the mean is over the last ninth of them or so (46 steps of 420)."""
 
 FIGURES = (
-    "loss", "bpp", "z_bpp", "unsteadiness", "grad_norm", "dropped", "psnr", "clean_bpp", "clean_psnr", "clean", "count"
+    "loss", "bpp", "z_bpp", "unsteadiness", "grad_norm", "prior_grad_norm", "dropped", "psnr",
+    "clean_bpp", "clean_psnr", "clean", "count",
 )  # fmt: skip
-"""Of a step, each a mean over its photos; `clean_...` times the share `clean` of those that are, `count` is one."""
+"""Of a step, each a mean over its photos; `clean_...` times the share `clean` of those that are, `count` is one.
+`grad_norm` is that of the transforms before it is clipped, `prior_grad_norm` that of the entropy model."""
 
 _GRAPH_WARM_UP, _GRAPHS_AHEAD = 3, 2
 
@@ -54,7 +57,9 @@ def costs(out: CodedLatents, clean: Tensor, rate: Tensor) -> tuple[Tensor, Tenso
 
 
 def _unsteadiness(model: TrainableCodec, out: CodedLatents, rate: Tensor) -> Tensor:
-    """The mean squared distance between z of y and z of y_hat, a little off. Only h_a learns from it."""
+    """The mean squared distance between z of y and z of y_hat, a little off. Only h_a learns from it, if it does."""
+    if not any(parameter.requires_grad for parameter in model.h_a.parameters()):
+        return out.y.new_zeros(())
     y_hat = out.y_hat.detach()
     with torch.no_grad():
         seen = [model.normalise(y, rate) for y in (out.y, y_hat + STEADY_NOISE * torch.randn_like(y_hat))]
@@ -62,10 +67,17 @@ def _unsteadiness(model: TrainableCodec, out: CodedLatents, rate: Tensor) -> Ten
     return (first - again).square().mean()
 
 
+def _clipped(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
+    """The norm of a gradient before it is clipped to 1; zero where nothing has one."""
+    learning = [parameter for parameter in parameters if parameter.grad is not None]
+    return clip_grad_norm_(learning, 1.0) if learning else torch.zeros((), device=device)
+
+
 class Step:
     """Steps of one model, all on batches of one shape.
 
     Args:
+        optimizer: with two groups, the transforms and the entropy model.
         train_transforms: whether g_a or g_s learns; else the entropy model learns alone, in a fraction of the time.
         bf16: bfloat16 autocast.
 
@@ -126,14 +138,16 @@ class Step:
         loss = cost.log().mean() + STEADY_WEIGHT * unsteadiness  # a percent less counts the same at every rate point
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = clip_grad_norm_(self.model.parameters(), 1.0)
-        dropped = torch.ones_like(norm) if self._rehearses else (~norm.isfinite()).float()
+        # Each by itself: the transforms' norm, which differs tenfold by kind, would decide how much the prior learns.
+        norm, prior_norm = (_clipped(group["params"], self.device) for group in self.optimizer.param_groups)
+        finite = norm.isfinite() & prior_norm.isfinite()
+        dropped = torch.ones_like(norm) if self._rehearses else (~finite).float()
         self.optimizer.found_inf = dropped  # type: ignore[attr-defined]  # as a GradScaler does: no update then
         self.optimizer.step()
         with torch.no_grad():
             mean_bpp, mean_psnr = bpp.mean(), psnr.mean()
             figures = (
-                loss, mean_bpp, z_bpp, unsteadiness, norm, dropped, mean_psnr,
+                loss, mean_bpp, z_bpp, unsteadiness, norm, prior_norm, dropped, mean_psnr,
                 mean_bpp * clean_share, mean_psnr * clean_share, clean_share, torch.ones_like(dropped),
             )  # fmt: skip
             seen = torch.stack(figures)

@@ -26,7 +26,7 @@ FLOAT32_EXACT = 2**24
 FLOAT64_EXACT = 2**53
 
 
-class _StraightClamp(torch.autograd.Function):
+class _SteClamp(torch.autograd.Function):
     """Clamp whose gradient also flows outside the range when it leads back inside, so that nothing stays stuck."""
 
     @staticmethod
@@ -42,17 +42,17 @@ class _StraightClamp(torch.autograd.Function):
         return grad.masked_fill(blocked, 0), None, None
 
 
-def straight_clamp(x: Tensor, low: float, high: float) -> Tensor:
+def ste_clamp(x: Tensor, low: float, high: float) -> Tensor:
     """Clamp to [low, high]; in training a gradient that leads back inside passes."""
-    return _StraightClamp.apply(x, low, high) if torch.is_grad_enabled() else x.clamp(low, high)
+    return _SteClamp.apply(x, low, high) if torch.is_grad_enabled() else x.clamp(low, high)
 
 
-def straight_floor(x: Tensor) -> Tensor:
+def ste_floor(x: Tensor) -> Tensor:
     """Floor, with the gradient of the identity in training."""
     return x + (x.floor() - x).detach() if torch.is_grad_enabled() and x.requires_grad else x.floor()
 
 
-def straight_round(x: Tensor) -> Tensor:
+def ste_round(x: Tensor) -> Tensor:
     """Round to nearest even, with the gradient of the identity in training."""
     return x + (x.round() - x).detach() if torch.is_grad_enabled() and x.requires_grad else x.round()
 
@@ -67,7 +67,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
 def requantise(acc: Tensor, low: float, high: float) -> Tensor:
     """floor(acc) clamped to [low, high]. Where gradients are off, `acc` is overwritten."""
     if torch.is_grad_enabled():
-        return straight_clamp(straight_floor(acc), low, high)
+        return ste_clamp(ste_floor(acc), low, high)
     return acc.floor_().clamp_(low, high)
 
 
@@ -150,7 +150,9 @@ class TrainableLayer(nn.Module):
     """Float parameters of one integer layer; `integers()` derives the layer, differentiably.
 
     The weight grid is a power of two per output channel, as fine as the 8-bit weights and half of float32's exact range
-    (for inputs within +-input_limit) allow. The bias has two anchors, interpolated over the rate points.
+    (for inputs within +-input_limit) allow, but at least as fine as the outputs are finer than the inputs: weights of
+    a deviation of 10 would leave that range (today's reach 2.8), and take float64 once they ship. The bias has two
+    anchors, interpolated over the rate points.
 
     Args:
         inputs, outputs: channels; for a depthwise layer both are C and `taps` is 9.
@@ -189,8 +191,8 @@ class TrainableLayer(nn.Module):
             )
             grid = finest.log2().floor().clamp(max(0, self.fraction_out - self.fraction_in), 18)
             shift = grid + (self.fraction_in - self.fraction_out)
-        weight = straight_clamp(straight_round(self.weight * power_of_two(grid)[:, None]), -WEIGHT_LIMIT, WEIGHT_LIMIT)
+        weight = ste_clamp(ste_round(self.weight * power_of_two(grid)[:, None]), -WEIGHT_LIMIT, WEIGHT_LIMIT)
         q = positions[:, None]
         bias = (self.bias_low * (1 - q) + self.bias_high * q) * power_of_two(grid + self.fraction_in)
-        bias = straight_clamp(straight_round(bias), -FLOAT32_EXACT / 4, FLOAT32_EXACT / 4)
+        bias = ste_clamp(ste_round(bias), -FLOAT32_EXACT / 4, FLOAT32_EXACT / 4)
         return IntegerLayer(weight, bias, shift, self.low, self.high)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from service.codec.config import RATE_POINTS, CodecConfig
-from service.codec.exact import straight_clamp, straight_round
+from service.codec.exact import ste_clamp, ste_round
 from service.codec.prior import MEAN_FRACTION, Part, PriorNet, PriorOutput, parts
 from service.codec.report import ReportHead
 from service.codec.tables import Z_LIMIT, gaussian_tables, level_to_scale, logistic_tables
@@ -46,7 +46,7 @@ class CodecOutput(CodedLatents):
 
 
 def _bits(likelihood: Tensor) -> Tensor:
-    return -straight_clamp(likelihood, _LEAST_LIKELIHOOD, 1.0).log2()
+    return -ste_clamp(likelihood, _LEAST_LIKELIHOOD, 1.0).log2()
 
 
 def gaussian_bits(residual: Tensor, scale: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class FactorizedPrior(nn.Module):
         q = rate_position(rate)[:, None]
         location = self.location[0] * (1 - q) + self.location[1] * q
         log_scale = self.log_scale[0] * (1 - q) + self.log_scale[1] * q
-        return location, straight_clamp(log_scale, -3, 4).exp()
+        return location, ste_clamp(log_scale, -3, 4).exp()
 
     def forward(self, z: Tensor, rate: Tensor) -> Tensor:
         """Bits per photo of z (B, C, h, w)."""
@@ -91,7 +91,7 @@ class _Pass:
     @classmethod
     def of(cls, output: PriorOutput, part: Part, y: Tensor, skipped: int) -> _Pass:
         mean, seen = output.mean / _UNIT, part.gathered(y.permute(0, 2, 3, 1))
-        steps = straight_round(seen - mean).masked_fill(output.level <= skipped, 0)
+        steps = ste_round(seen - mean).masked_fill(output.level <= skipped, 0)
         return cls(mean, output.level, seen, mean + steps)
 
     def bits(self, training: bool, skipped: int) -> Tensor:
@@ -153,7 +153,7 @@ class TrainableCodec(nn.Module):
         y = self.g_a(x, rate)
         with torch.autocast(y.device.type, enabled=False):
             z = self.h_a(self.normalise(y, rate))
-            z_hat = straight_clamp(straight_round(z), -Z_LIMIT, Z_LIMIT)
+            z_hat = ste_clamp(ste_round(z), -Z_LIMIT, Z_LIMIT)
             prior = self.prior.integers(self.latent_gains()).on(y.device, torch.float32)
             h, w = y.shape[-2:]
             features = prior.features(z_hat, rate, h, w)

@@ -36,7 +36,7 @@ from service.codec.exact import (
     pointwise,
     power_of_two,
     requantise,
-    straight_clamp,
+    ste_clamp,
 )
 from service.codec.tables import SCALE_LEVELS, Z_LIMIT, scale_to_level
 
@@ -163,7 +163,7 @@ class IntegerPrior:
 
         Args:
             dtype: carrier of every layer; None takes for each the narrowest that is exact for it. Layers that are being
-                trained are exact in float32 by construction.
+                trained are exact in float32 (`TrainableLayer` says how far).
 
         Raises:
             ValueError: layers are missing or too many, a layer could leave float64's exact range or its outputs'
@@ -239,7 +239,7 @@ class ExactPrior:
             x = self._run(depthwise, "first_local", features, rate)
             x = self._run(pointwise, "first_hidden", torch.cat([features, x], -1), rate)
         else:
-            known = self.context_rescale(straight_clamp(y_hat, -MEAN_LIMIT, MEAN_LIMIT), rate)
+            known = self.context_rescale(ste_clamp(y_hat, -MEAN_LIMIT, MEAN_LIMIT), rate)
             near = self._run(depthwise, f"{step}_near", known, rate)
             wide = self._run(depthwise, f"{step}_wide", known, rate)
             x = self._run(pointwise, f"{step}_merge", torch.cat([features, known, near, wide], -1), rate)

@@ -15,7 +15,7 @@ from service.codec.exact import (
     TrainableLayer,
     depthwise,
     pointwise,
-    straight_clamp,
+    ste_clamp,
 )
 from service.codec.prior import PriorNet, carrier, parts
 from tests.codec.test_model import FOUR_PASSES, TINY
@@ -145,7 +145,7 @@ def test_training_and_shipping_arithmetic_are_the_same() -> None:
 @pytest.mark.parametrize(("value", "gradient", "passes"), [(-2.0, -1.0, True), (-2.0, 1.0, False), (0.5, 1.0, True)])
 def test_a_clamped_value_still_learns_its_way_back(value: float, gradient: float, passes: bool) -> None:
     x = torch.tensor([value], requires_grad=True)
-    straight_clamp(x, 0, 1).backward(torch.tensor([gradient]))
+    ste_clamp(x, 0, 1).backward(torch.tensor([gradient]))
     assert x.grad is not None
     assert bool(x.grad[0] != 0) == passes
 

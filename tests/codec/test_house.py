@@ -31,8 +31,8 @@ def functions(path: Path, names: set[str]) -> list[ast.FunctionDef]:
                 "outputs",
                 "pointwise",
                 "depthwise",
-                "straight_clamp",
-                "straight_floor",
+                "ste_clamp",
+                "ste_floor",
             },
         ),
         (

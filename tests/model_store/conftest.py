@@ -35,6 +35,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     crash_at: int | None = None,
     config: CodecConfig = TINY,
+    seed: int | None = 1,
     **options: Any,
 ) -> Path:
     """Train for a number of steps: every step is made to take a second of the schedule's time."""
@@ -56,7 +57,7 @@ def run(
     schedule = Schedule(minutes=steps / 60, lr=1e-3, prior_lr=1e-3, steady=0.5)
     try:
         return train(
-            photos=photos, run=folder, size="tiny", schedule=schedule, batch=2, crop=64, seed=1, device="cpu",
+            photos=photos, run=folder, size="tiny", schedule=schedule, batch=2, crop=64, seed=seed, device="cpu",
             compiled=False, **options,
         )  # fmt: skip
     finally:

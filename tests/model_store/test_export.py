@@ -15,7 +15,7 @@ from model_store.training.average import average
 from model_store.training.export import export
 from model_store.training.frequencies import with_counted_tables
 from model_store.training.recode import recode
-from model_store.training.report import Lesson, learn, targets, train_report
+from model_store.training.report import Lesson, encoder_of, learn, targets, train_report
 from model_store.training.weights import read_weights
 from service.codec.bitstream import DegradationKind
 from service.codec.config import CONFIGS, CodecConfig
@@ -64,6 +64,9 @@ def test_counted_frequencies_save_bytes_and_decode(
     tables = counted.y_tables.tables
     assert np.array_equal(tables.size, gaussian.y_tables.tables.size)
     assert all((np.diff(row[:size]) > 0).all() for row, size in zip(tables.cdf, tables.size))
+    logistic, of_z = (np.stack([one.tables.cdf for one in codec.z_tables]) for codec in (gaussian, counted))
+    assert of_z.shape == logistic.shape
+    assert (of_z != logistic).any(2).all()  # at every rate point, for every channel
     x = torch.from_numpy(bikes[:128, :128].copy()).permute(2, 0, 1)[None].float() / 255
     rate = torch.tensor([6])
     (latents,) = counted.symbols_of(*counted.analyse(x, rate)[:2], rate)
@@ -93,6 +96,12 @@ def test_a_report_trained_beside_a_checkpoint_ships_with_it(
     (stream,) = Engine(ModelStore(store), "cpu").encode([EncodeJob(bikes, 4)])
     assert stream.degradations
     assert all(0 <= found.strength <= 1 for found in stream.degradations)
+
+
+def test_a_head_knows_its_encoder_however_that_lies_in_memory() -> None:
+    weight = torch.randn(8, 4, 3, 3)
+    apart = weight.to(memory_format=torch.channels_last)
+    assert encoder_of({"g_a.stem.weight": apart}) == encoder_of({"g_a.stem.weight": weight})
 
 
 def test_a_head_learns_from_what_was_seen_once() -> None:

@@ -23,13 +23,13 @@ def test_shares_give_the_weights_between_and_gradients_of_shares() -> None:
     shares = torch.zeros_like(mixed.shares)
     block = mixed.blocks.index("g_s.head")
     shares[1, block] = 0.25
-    mixed.stir(shares)
+    mixed.apply(shares)
     for name, value in model.named_parameters():
         wanted = start[name].lerp(others[1][name], 0.25) if name.startswith("g_s.head") else start[name]
         torch.testing.assert_close(value, wanted)
     head = dict(model.named_parameters())["g_s.head.conv.weight"]
     (1e-3 * head.sum()).backward()
-    mixed.collect()
+    mixed.accumulate_grad()
     assert mixed.shares.grad is not None
     slope = 1e-3 * (others[1]["g_s.head.conv.weight"] - start["g_s.head.conv.weight"]).sum()
     torch.testing.assert_close(mixed.shares.grad[1, block], slope)

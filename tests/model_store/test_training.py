@@ -21,6 +21,7 @@ from model_store.training.compiled import compile_prior
 from model_store.training.curves import draw
 from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
 from model_store.training.photos import PhotoPool
+from model_store.training.schedule import Schedule
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import keep_weights, read_weights, stretched, weights_to_start_from
 from service.codec import model as codec_model
@@ -204,6 +205,47 @@ def test_only_h_a_learns_to_hold_z_steady(photos: Path) -> None:
         for weight, slope in zip(learning.values(), slopes):
             weight -= step * slope
     assert unsteadiness() < before
+
+
+def test_the_entropy_model_learns_as_much_beside_a_steep_gradient(photos: Path) -> None:
+    """One clip for all would leave it a tenth, where the transforms' gradient is ten times as long."""
+    data = next(iter(Batches(PhotoPool(photos, 64, CPU), 2, 64, CPU, seed=1)))
+
+    def learned_from(steeper: float) -> tuple[torch.Tensor, float]:
+        torch.manual_seed(6)
+        model = TrainableCodec(TINY).train()
+        weight = model.get_parameter("prior.layers.enter.weight")
+        transforms = [*model.g_a.parameters(), *model.g_s.parameters()]
+        for parameter in transforms:
+            parameter.register_hook(lambda grad: grad * steeper)
+        entropy = [*model.prior.parameters(), *model.z_prior.parameters(), *model.h_a.parameters()]
+        optimizer = torch.optim.Adam([{"params": transforms}, {"params": entropy}], fused=True)
+        one = one_step.Step(model, optimizer, train_transforms=True, bf16=False)
+        one(data.degraded, data.clean, data.rate, 0.0)
+        assert weight.grad is not None
+        return weight.grad, float(one.sums[one_step.FIGURES.index("grad_norm")])
+
+    (usual, norm), (beside, steep) = learned_from(1), learned_from(1000)
+    assert steep == pytest.approx(1000 * norm, rel=1e-3)
+    assert usual.any()
+    assert torch.equal(usual, beside)
+
+
+def test_a_short_run_warms_up_for_a_twentieth_of_its_time() -> None:
+    schedule = Schedule(minutes=10, lr=1e-4, prior_lr=1e-4, steady=0.5)
+    assert schedule.factor(15, 9) == pytest.approx(0.5)  # few slow steps
+    assert schedule.factor(1, 99) == pytest.approx(0.5)  # many fast ones
+    assert schedule.factor(30, 20) == 1
+    assert schedule.factor(450, 5000) == pytest.approx(0.5)
+
+
+def test_a_run_draws_a_seed_and_keeps_it(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    for folder, steps in (("a", 2), ("a", 4), ("b", 2)):
+        checkpoint = run(photos, tmp_path / folder, steps, monkeypatch, seed=None)
+        seeds.append(torch.load(checkpoint, weights_only=True)["record"]["seed"])
+    first, resumed, other = seeds
+    assert first == resumed != other
 
 
 def test_the_compiled_prior_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
