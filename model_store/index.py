@@ -15,6 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+STORE = Path(__file__).parent
+"""The repository's own."""
+
 INDEX = "store.json"
 
 

@@ -39,10 +39,9 @@ from model_store.evaluation.rate_distortion import Record, curves, read_records
 from model_store.evaluation.tables import plot, published_table, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
 from model_store.images import photo_paths
-from model_store.index import read_index, write_index
+from model_store.index import STORE, read_index, write_index
 from service.codec.device import pick_device, transform_precision
 
-STORE = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from model_store.index import INDEX, read_index, replace_file, write_index
+from model_store.index import INDEX, STORE, read_index, replace_file, write_index
 from model_store.training.frequencies import COUNTED_BATCHES, with_counted_tables
 from model_store.training.report import REPORT_FILE, check_encoder, read_report
 from model_store.training.weights import config_of, keep_weights
@@ -28,7 +28,6 @@ from service.codec.known_answer import known_answer
 from service.codec.model import TrainableCodec, ship
 from service.codec.shipped import ShippedCodec
 
-STORE = Path(__file__).parents[1]
 STATES = Path(__file__).parent / "states"
 
 

@@ -13,8 +13,8 @@ import datetime
 import json
 from pathlib import Path
 
-from model_store.index import read_model
-from model_store.training.export import STORE, check_new_name, enter
+from model_store.index import STORE, read_model
+from model_store.training.export import check_new_name, enter
 from model_store.training.frequencies import COUNTED_BATCHES, with_counted_tables
 from service.codec.config import CONFIGS
 
