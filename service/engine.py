@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -100,10 +100,17 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model with its entry in the store."""
+    """A model with its entry in the store; its codec is loaded when it is first asked for."""
 
     entry: ModelEntry
-    codec: ShippedCodec
+    load: Callable[[], ShippedCodec]
+
+    @cached_property
+    def codec(self) -> ShippedCodec:
+        """Raises:
+        StoreError: it is altered or fails its known-answer test.
+        """
+        return self.load()
 
     @property
     def resident_bytes(self) -> int:
@@ -125,14 +132,17 @@ class Engine:
     """Models of one store on one device.
 
     Args:
-        store: an opened store; every model in it is loaded.
+        store: an opened store.
         device, precision, threads: as in `Settings`.
+        lazy: load each model when it is first used, and not all of them now.
 
     Raises:
         StoreError: a model is altered or fails its known-answer test.
     """
 
-    def __init__(self, store: ModelStore, device: str = "auto", precision: str = "auto", threads: int = 0) -> None:
+    def __init__(
+        self, store: ModelStore, device: str = "auto", precision: str = "auto", threads: int = 0, lazy: bool = False
+    ) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.device = pick_device(device)
@@ -140,7 +150,7 @@ class Engine:
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         if self.device.type == "cpu":
             keep_heap()
-        self.models = {entry.name: self._loaded(store, entry) for entry in store.index.models}
+        self.models = {entry.name: self._model(store, entry, lazy) for entry in store.index.models}
         self.default = self.models[store.index.default]
         self._by_id = {model.entry.model_id: model for model in self.models.values()}
         self._refreshing = threading.Lock()
@@ -164,8 +174,14 @@ class Engine:
 
         return self._device_thread.submit(torch.inference_mode()(run)).result()
 
-    def _loaded(self, store: ModelStore, entry: ModelEntry) -> Model:
-        return Model(entry, self.on_device(lambda: store.load(entry, self.device, getattr(torch, self.precision))))
+    def _model(self, store: ModelStore, entry: ModelEntry, lazy: bool = False) -> Model:
+        def load() -> ShippedCodec:
+            return self.on_device(lambda: store.load(entry, self.device, getattr(torch, self.precision)))
+
+        model = Model(entry, load)
+        if not lazy:
+            _ = model.codec
+        return model
 
     def model(self, name: str | None) -> Model:
         """A model by name, None for the default.
@@ -211,7 +227,9 @@ class Engine:
             models = dict(self.models)
             for entry in store.index.models:
                 known = models.get(entry.name)
-                models[entry.name] = Model(entry, known.codec) if known else self._loaded(store, entry)
+                models[entry.name] = (
+                    Model(entry, partial(getattr, known, "codec")) if known else self._model(store, entry)
+                )
             added = [name for name in models if name not in self.models]
             before = self.models, self._by_id
             self._by_id = {model.entry.model_id: model for model in models.values()}

@@ -20,15 +20,17 @@ class GivenUp(RuntimeError):
 
 
 class Local(Watch):
-    """The models of `settings.store` on this machine's device.
+    """The models of `settings.store` on this machine's device, each loaded when it is first used.
 
     Raises:
-        StoreError: the store cannot be used.
+        StoreError: the store cannot be used; of its calls too, where a model is altered.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._engine = Engine(ModelStore(settings.store), settings.device, settings.precision, settings.threads)
+        self._engine = Engine(
+            ModelStore(settings.store), settings.device, settings.precision, settings.threads, lazy=True
+        )
         self._tell: Callable[[int, int], None] = lambda done, total: None
         self._done = self._total = 0
         self._given_up = False

@@ -1,4 +1,4 @@
-"""Fixtures: photos that ship with the tests, the shipped store on an engine, and a served app."""
+"""Fixtures: photos that ship with the tests, stores, the shipped one on an engine and served, a server with a key."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -23,8 +24,12 @@ from service.codec.shipped import ShippedCodec
 from service.engine import Engine, Photo
 from service.settings import DEFAULT_STORE, Settings
 from service.store import ModelStore, StoreIndex
+from tests.served import served
 
 DATA = Path(__file__).parent / "data"
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)  # a busy machine is no failure
+hypothesis.settings.load_profile("suite")
 
 
 def photo(name: str) -> Photo:
@@ -71,6 +76,18 @@ def copied_store(folder: Path) -> ModelStore:
     return ModelStore(folder)
 
 
+def until(holds: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until something holds.
+
+    Raises:
+        AssertionError: it does not in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def wait_ready(client: TestClient, seconds: float = 120) -> None:
     """Until the models are loaded.
 
@@ -94,9 +111,18 @@ def bikes() -> Photo:
     return photo("bikes")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What services and commands open unless a test says otherwise: the default model alone, which loads sooner."""
+    folder = copied_store(tmp_path_factory.mktemp("small") / "store").folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIMPID_STORE", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def settings() -> Settings:
-    return Settings(max_pixels=4_000_000, max_body_bytes=8 * 2**20)
+    return Settings(store=DEFAULT_STORE, max_pixels=4_000_000, max_body_bytes=8 * 2**20)
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +140,13 @@ def client(settings: Settings) -> Iterator[TestClient]:
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         wait_ready(client)
         yield client
+
+
+@pytest.fixture(scope="session")
+def guarded() -> Iterator[str]:
+    """A real server that wants the key `sesame`."""
+    with served(api_keys="sesame") as (base, _):
+        yield base
 
 
 @pytest.fixture(params=[1, 2])

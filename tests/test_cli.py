@@ -1,4 +1,4 @@
-"""`service.cli`: the commands on files, and the real server as a stranger starts it."""
+"""`service.cli`: the commands on files, through pipes and at a server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import urllib.request
 from contextlib import closing
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from service.cli import main
 from service.engine import Photo
 from service.imaging import read_photo
 from service.local import GivenUp, Local
-from service.settings import Settings, near_misses
+from service.settings import DEFAULT_STORE, Settings, near_misses
+from service.store import ModelStore
 from tests.conftest import DATA, copied_store, image_bytes, noisy, other_store
-from tests.served import served
 
 Lines = pytest.CaptureFixture[str]
 LIMPID = [sys.executable, "-m", "service"]
@@ -112,8 +111,10 @@ def test_progress_within_one_photo_ends_at_its_total(bikes: Photo) -> None:
         assert seen[-1][0] == seen[-1][1] == len(seen) > 10
         copy = codec.decompress(stream).image
         assert seen[-1][0] == seen[-1][1] == len(seen)
-        codec.compress(copy)  # which takes longer than was foreseen
+        foreseen, before = seen[0][1], len(seen)
+        codec.compress(copy)  # a copy is looked at once more, which was not foreseen
         assert seen[-1][0] == seen[-1][1] == len(seen)
+        assert len(seen) - before > 1.5 * foreseen
         codec.compress(data, max_bytes=4000)
         assert seen[-1][0] == seen[-1][1]
 
@@ -160,35 +161,38 @@ def test_info_and_compare_say_what_is_there(tmp_path: Path, parrots: Photo, caps
     assert f" {psnr(restored, parrots):.2f} dB" in said.out
 
 
-def test_a_server_does_the_work(tmp_path: Path, parrots: Photo, capsys: Lines) -> None:
+def test_a_server_does_the_work(tmp_path: Path, parrots: Photo, capsys: Lines, guarded: str) -> None:
     (tmp_path / "in.png").write_bytes(image_bytes(parrots))
     (tmp_path / "bad.png").write_bytes(b"no photo")
-    with served(api_keys="sesame") as (base, _):
-        at = ["--url", base, "--api-key", "sesame"]
-        assert main(["compress", str(tmp_path / "*.png"), "-o", str(tmp_path), *at]) == 1
-        assert "bad.png: expected an image" in capsys.readouterr().err
-        assert main(["decompress", str(tmp_path / "in.lmp"), "-o", str(tmp_path / "out.png"), *at]) == 0
-        assert main(["compress", str(tmp_path / "in.png"), "--force", "--url", base]) == 1
-        assert "API key" in capsys.readouterr().err
+    at = ["--url", guarded, "--api-key", "sesame"]
+    assert main(["compress", str(tmp_path / "*.png"), "-o", str(tmp_path), *at]) == 1
+    assert "bad.png: expected an image" in capsys.readouterr().err
+    assert main(["decompress", str(tmp_path / "in.lmp"), "-o", str(tmp_path / "out.png"), *at]) == 0
+    assert main(["compress", str(tmp_path / "in.png"), "--force", "--url", guarded]) == 1
+    assert "API key" in capsys.readouterr().err
     assert psnr(read_photo((tmp_path / "out.png").read_bytes(), 10**6), parrots) > 26
 
 
 def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: Lines) -> None:
+    photo, stream, out = str(tmp_path / "in.png"), str(DATA / "golden/edge-8-bikes-4.lmp"), str(tmp_path / "a")
     (tmp_path / "in.png").write_bytes(b"no image")
     (tmp_path / "empty").mkdir()
-    for args in (
-        ["compress", str(tmp_path / "in.png")],
-        ["compress", str(tmp_path / "empty")],
-        ["compress", "-", str(tmp_path / "in.png")],
-        ["decompress", str(tmp_path / "in.png")],
-        ["decompress", str(tmp_path / "missing"), "-o", str(tmp_path / "a.png")],
-        ["decompress", str(tmp_path / "missing"), "-o", str(tmp_path / "a.gif")],
-        ["decompress", str(tmp_path / "missing"), "-o", str(tmp_path / "a.png"), "--format", "webp"],
+    for args, words in (
+        (["compress", photo], "expected an image"),
+        (["compress", str(tmp_path / "empty")], "empty"),
+        (["compress", "-", photo], "standard input"),
+        (["decompress", photo], "expected a Limpid bitstream"),
+        (["decompress", str(tmp_path / "missing"), "-o", f"{out}.png"], "missing"),
+        (["decompress", stream, "-o", f"{out}.gif"], "expected an output name that ends in one of"),
+        (["decompress", stream, "-o", f"{out}.png", "--format", "webp"], "goes with --format webp"),
+        (["decompress", stream, "-o", f"{out}.png", "--quality", "80"], "only with a lossy format"),
     ):
         assert main(args) == 1
         said = capsys.readouterr().err
         assert said.startswith("limpid: ")
+        assert words in said
         assert len(said.splitlines()) == 1
+    assert not list(tmp_path.glob("a.*"))
     for wrong in ("--rate 9", "--max-bytes 0", "--target-bpp nan", "--target-bpp inf", "--target-bpp 65"):
         with pytest.raises(SystemExit) as stopped:
             main(["compress", "a.png", *wrong.split()])
@@ -208,9 +212,24 @@ def test_store_commands_verify_add_and_choose(tmp_path: Path, capsys: Lines) -> 
     assert "edge-next" in capsys.readouterr().err
 
 
-def test_variants_lists_the_store(capsys: Lines) -> None:
+def test_variants_lists_the_store(monkeypatch: pytest.MonkeyPatch, capsys: Lines) -> None:
+    monkeypatch.setenv("LIMPID_STORE", str(DEFAULT_STORE))
+    index = ModelStore(DEFAULT_STORE).index
     assert main(["variants"]) == 0
-    assert "(default)" in capsys.readouterr().out
+    heads = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert [head.split(":")[0].split()[0] for head in heads] == [entry.name for entry in index.models]
+    assert [head.split(":")[0] for head in heads if "(default)" in head] == [f"{index.default} (default)"]
+
+
+def test_only_the_models_that_are_used_are_loaded(bikes: Photo) -> None:
+    with closing(Local(Settings(store=DEFAULT_STORE))) as codec:
+        first = codec.compress(image_bytes(bikes[:64, :64]), model="edge-2")
+        assert codec.decompress(first.bitstream).model == "edge-2"
+        models = codec._engine.models
+        assert [name for name, model in models.items() if "codec" in vars(model)] == ["edge-2"]
+        assert first.degradations
+        silent = codec.compress(image_bytes(bikes[:64, :64]), model="edge-1")
+        assert silent.degradations == {}
 
 
 def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Lines) -> None:
@@ -255,12 +274,3 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
     listing.stdout.close()
     assert listing.wait(60) == 1
     assert listing.stderr.read() == b""
-
-
-def test_the_server_starts_answers_and_stops(parrots: Photo) -> None:
-    with served() as (base, process):
-        with urllib.request.urlopen(f"{base}/compress?rate=2", data=image_bytes(parrots)) as answer:
-            stream = answer.read()
-        with urllib.request.urlopen(f"{base}/decompress", data=stream) as answer:
-            assert psnr(read_photo(answer.read(), 10**6), parrots) > 24
-    assert process.returncode == 0

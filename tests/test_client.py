@@ -35,7 +35,6 @@ from service.client import (
 from service.engine import Photo
 from service.imaging import read_photo
 from tests.conftest import image_bytes, noisy
-from tests.served import served
 
 FAST = Policy(deadline=5, attempts=4, backoff=0.001)
 GOOD_HEADERS = {
@@ -111,6 +110,13 @@ def test_what_failed_on_the_way_is_sent_again_in_full(tmp_path: Path) -> None:
                 assert request.url.params["rate"] == "5"
                 assert request.headers["authorization"] == "Bearer key"
                 assert 0 < float(request.headers["limpid-timeout"]) <= FAST.deadline
+
+
+@pytest.mark.parametrize("answer", [httpx.Response(502, text="<html>proxy"), problem(408, "body-timeout")])
+def test_what_a_proxy_or_a_slow_line_broke_is_sent_again(answer: httpx.Response) -> None:
+    for sent, result in both(lambda: Script(answer, good()), "compress", b"photo"):
+        assert result.bitstream == b"stream"
+        assert len(sent.requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -359,28 +365,27 @@ def test_an_answer_that_is_not_ours_is_said_to_be(tmp_path: Path) -> None:
             assert "portal" in error.detail
 
 
-def test_a_photo_goes_there_and_back_on_the_real_server(parrots: Photo, tmp_path: Path) -> None:
+def test_a_photo_goes_there_and_back_on_the_real_server(parrots: Photo, tmp_path: Path, guarded: str) -> None:
     degraded = noisy(parrots)
     (tmp_path / "in.png").write_bytes(image_bytes(degraded))
-    with served(api_keys="secret") as (base, _):
-        with Client(base, "secret") as client:
-            compressed = client.compress(tmp_path / "in.png", max_bytes=5000)
-            assert len(compressed.bitstream) <= 5000
-            restored = client.decompress(compressed.bitstream, media_type="image/webp", quality=95)
-            assert restored.media_type == "image/webp"
-            assert restored.rate == compressed.rate
-            assert [model["default"] for model in client.variants()["models"]].count(True) == 1
-            with pytest.raises(BudgetUnmeetable, match="at least"):
-                client.compress(tmp_path / "in.png", max_bytes=20)
-        back = read_photo(restored.image, 10**6)
-        assert psnr(back, parrots) > psnr(degraded, parrots) + 3
+    with Client(guarded, "sesame") as client:
+        compressed = client.compress(tmp_path / "in.png", max_bytes=5000)
+        assert len(compressed.bitstream) <= 5000
+        restored = client.decompress(compressed.bitstream, media_type="image/webp", quality=95)
+        assert restored.media_type == "image/webp"
+        assert restored.rate == compressed.rate
+        assert [model["default"] for model in client.variants()["models"]].count(True) == 1
+        with pytest.raises(BudgetUnmeetable, match="at least"):
+            client.compress(tmp_path / "in.png", max_bytes=20)
+    back = read_photo(restored.image, 10**6)
+    assert psnr(back, parrots) > psnr(degraded, parrots) + 3
 
-        async def many() -> list[int]:
-            async with AsyncClient(base, "secret") as client:
-                answers = await asyncio.gather(*(client.compress(tmp_path / "in.png", rate=r) for r in range(1, 9)))
-                return [len(answer.bitstream) for answer in answers]
+    async def many() -> list[int]:
+        async with AsyncClient(guarded, "sesame") as client:
+            answers = await asyncio.gather(*(client.compress(tmp_path / "in.png", rate=r) for r in range(1, 9)))
+            return [len(answer.bitstream) for answer in answers]
 
-        sizes = asyncio.run(many())
-        assert sizes == sorted(sizes)
-        with Client(base, "wrong") as client, pytest.raises(Unauthorized):
-            client.variants()
+    sizes = asyncio.run(many())
+    assert sizes == sorted(sizes)
+    with Client(guarded, "wrong") as client, pytest.raises(Unauthorized):
+        client.variants()
