@@ -26,6 +26,7 @@ def served(
 
     Raises:
         RuntimeError: it ended or was not ready within two minutes; the message holds its log.
+        AssertionError: it ended with a failure, and not because the block killed it.
     """
     port = at or free_port()
     with log.open("w+b") if log else tempfile.TemporaryFile() as output:
@@ -41,6 +42,7 @@ def served(
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
+        assert process.returncode in (0, -signal.SIGKILL), process.returncode
 
 
 def free_port() -> int:

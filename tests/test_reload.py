@@ -6,7 +6,6 @@ import asyncio
 import json
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +18,7 @@ from service.app import create_app, reload_store
 from service.engine import Engine, Photo
 from service.settings import Settings
 from service.store import ModelStore, StoreError
-from tests.conftest import copied_store, image_bytes, other_store
+from tests.conftest import copied_store, image_bytes, other_store, until
 from tests.served import served
 
 
@@ -43,9 +42,7 @@ def test_a_new_default_is_taken_up_under_load_and_old_streams_stay_readable(tmp_
         store.add(other_store(tmp_path / "other", "edge-next"), "edge-next")
         store.set_default("edge-next")
         process.send_signal(signal.SIGHUP)
-        deadline = time.monotonic() + 60
-        while client.post("/compress", content=upload).headers["limpid-model"] != "edge-next":
-            assert time.monotonic() < deadline
+        until(lambda: client.post("/compress", content=upload).headers["limpid-model"] == "edge-next")
         done.set()
         for thread in clients:
             thread.join()
@@ -57,9 +54,7 @@ def test_a_new_default_is_taken_up_under_load_and_old_streams_stay_readable(tmp_
 
         (store.folder / "store.json").write_text("{}")
         process.send_signal(signal.SIGHUP)
-        while 'limpid_store_reloads_total{outcome="failed"} 1.0' not in client.get("/metrics").text:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: 'limpid_store_reloads_total{outcome="failed"} 1.0' in client.get("/metrics").text)
         assert client.get("/readyz").status_code == 200
         assert client.post("/compress", content=upload).headers["limpid-model"] == "edge-next"
 
@@ -78,17 +73,15 @@ def test_a_reload_asked_for_while_models_load_is_done_after() -> None:
     app = create_app(Settings())
     asyncio.run(reload_store(app.state.service))
     with TestClient(app) as client:
-        while 'limpid_store_reloads_total{outcome="done"} 1.0' not in client.get("/metrics").text:
-            assert not app.state.service.failure
+        until(lambda: 'limpid_store_reloads_total{outcome="done"} 1.0' in client.get("/metrics").text)
+        assert not app.state.service.failure
 
 
 def test_a_broken_store_is_told_at_readyz_and_may_be_mended(tmp_path: Path) -> None:
     (tmp_path / "store.json").write_text(json.dumps({"default": "a", "models": []}))
     with TestClient(create_app(Settings(store=tmp_path))) as client:
-        for _ in range(200):
-            answer = client.get("/readyz")
-            if "still loading" not in answer.text:
-                break
+        until(lambda: "still loading" not in client.get("/readyz").text)
+        answer = client.get("/readyz")
         assert "could not be loaded" in answer.json()["detail"]
         for refused in (answer, client.get("/livez"), client.post("/compress", content=b"x")):
             assert refused.status_code == 503

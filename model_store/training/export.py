@@ -32,12 +32,18 @@ STATES = Path(__file__).parent / "states"
 
 
 def export(
-    checkpoint: Path, name: str, store: Path, make_default: bool = True, photos: Path | None = None
+    checkpoint: Path,
+    name: str,
+    store: Path,
+    make_default: bool = True,
+    photos: Path | None = None,
+    batches: int = COUNTED_BATCHES,
 ) -> dict[str, object]:
     """Write `<name>.safetensors` and its entry in `store.json`. Returns the entry.
 
     A report head that `model_store.training.report` left beside the checkpoint becomes part of the model. With a folder
-    of photographs, the frequencies of y and z are counted on them; without, they are Gaussian and logistic.
+    of photographs, the frequencies of y and z are counted on `batches` of four crops of them; without, they are
+    Gaussian and logistic.
 
     Raises:
         ValueError: the store already has another model of that name, or the head beside the checkpoint is another's.
@@ -51,13 +57,13 @@ def export(
         check_encoder(report, state["ema"])
     tensors, description = ship(model, read_report(report, model.config) if report.exists() else None)
     if photos:
-        tensors = with_counted_tables(tensors, description, photos)
+        tensors = with_counted_tables(tensors, description, photos, batches)
     training = {
         "date": datetime.date.today().isoformat(),
         "steps": state["step"],
         "hours": round(state["seconds"] / 3600, 2),
         **state["record"],
-        "batches_counted": COUNTED_BATCHES if photos else 0,
+        "batches_counted": batches if photos else 0,
     }
     return enter(store, name, state["size"], tensors, description, training, make_default)
 
@@ -105,9 +111,10 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="name of the model, for example edge-2")
     parser.add_argument("--store", type=Path, default=STORE)
     parser.add_argument("--photos", type=Path, help="folder of photographs to count symbols on: smaller bitstreams")
+    parser.add_argument("--batches", type=int, default=COUNTED_BATCHES, help="of four crops to count symbols on")
     parser.add_argument("--keep-default", action="store_true", help="do not make it the store's default")
     args = parser.parse_args()
-    entry = export(args.checkpoint, args.name, args.store, not args.keep_default, args.photos)
+    entry = export(args.checkpoint, args.name, args.store, not args.keep_default, args.photos, args.batches)
     if args.store.resolve() == STORE:
         keep_weights(args.checkpoint, STATES / f"{entry['size']}.safetensors")
     print(json.dumps(entry, indent=2))

@@ -36,34 +36,32 @@ def same(a: LatentSymbols, b: LatentSymbols) -> bool:
     )
 
 
-@pytest.mark.parametrize("rate_point", range(RATE_POINTS))
-def test_latents_survive_every_mix_of_batch_and_threads(codec: ShippedCodec, parrots: Photo, rate_point: int) -> None:
-    """Encoded alone or as one of eight, with one or two threads: decoded in every other way, they are the same."""
-    photo = noisy(parrots)[:128, :160]
-    crowd = [photo, *(noisy(np.roll(photo, 17 * k, 1), 10 * k, k) for k in range(1, 8))]
-    others = torch.tensor([rate_point, *((rate_point + k) % RATE_POINTS for k in range(1, 8))])
-    alone = torch.tensor([rate_point])
-    h, w = latent_size(128, 160)
+def test_latents_survive_every_mix_of_batch_and_threads(codec: ShippedCodec, parrots: Photo) -> None:
+    """One photo at every rate point, encoded alone or as one of eight, with one or two threads: decoded in every other
+    way, the latents are the same."""
+    crowd = [noisy(np.roll(parrots, 17 * k, 1), 10 * k, k)[:128, :160] for k in range(RATE_POINTS)]
+    rates, (h, w) = torch.arange(RATE_POINTS), latent_size(128, 160)
     before = torch.get_num_threads()
     try:
-        for encode_threads in (1, 2):
-            torch.set_num_threads(encode_threads)
-            single = encode(codec, batch_of([photo]), alone)[0]
-            eight = encode(codec, batch_of(crowd), others)
-            neighbours = [codec.write(one) for one in eight[1:]]
-            for latents in (single, eight[0]):
-                coded = codec.write(latents)
-                decoded = []
-                for decode_threads in (1, 2):
-                    torch.set_num_threads(decode_threads)
-                    decoded.append(codec.read([coded], alone, h, w)[0])
-                    decoded.append(codec.read([coded, *neighbours], others, h, w)[0])
-                for y_hat in decoded:
-                    assert torch.equal(y_hat, decoded[0])
+        written: dict[int, list[LatentSymbols]] = {point: [] for point in range(RATE_POINTS)}
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            together = encode(codec, batch_of(crowd), rates)
+            for point, photo in enumerate(crowd):
+                written[point] += [encode(codec, batch_of([photo]), rates[point : point + 1])[0], together[point]]
+        for way in range(4):  # alone or together, with one thread or two
+            coded = [codec.write(written[point][way]) for point in range(RATE_POINTS)]
+            decoded: list[list[torch.Tensor]] = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                decoded.append(list(codec.read(coded, rates, h, w)))
+                decoded.append([codec.read([one], rates[k : k + 1], h, w)[0] for k, one in enumerate(coded)])
+            for point in range(RATE_POINTS):
+                assert all(torch.equal(each[point], decoded[0][point]) for each in decoded)
                 # What was decoded is what the encoder meant: quantising it again gives the encoder's own symbols.
+                latents, alone = written[point][way], rates[point : point + 1]
                 z_hat = torch.from_numpy(latents.z).float().reshape(1, codec.config.hyper, -(-h // 4), -(-w // 4))
-                assert same(codec.rounded(decoded[0][None], z_hat, alone)[0][0], latents)
-                torch.set_num_threads(encode_threads)
+                assert same(codec.rounded(decoded[0][point][None], z_hat, alone)[0][0], latents)
     finally:
         torch.set_num_threads(before)
 

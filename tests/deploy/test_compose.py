@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from tests.served import free_port
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -132,9 +133,7 @@ def test_the_commands_of_the_dockerfile_work_in_a_plain_virtual_environment(tmp_
     for path in [ROOT / "model_store/store.json", *(ROOT / "model_store").glob("*.safetensors")]:
         shutil.copy(path, store)
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     settings = {key: value for key, value in environment("cpu").items() if key.startswith("LIMPID_")}
     env = {**settings, "LIMPID_STORE": str(store), "LIMPID_PORT": port, "PATH": f"{home}/bin:/usr/bin:/bin"}
     (command,) = (rest for name, rest in instructions("cpu") if name == "CMD")

@@ -17,12 +17,12 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.gateway import Gateway, boundary, camera_frames, parts, snapshot
+from deploy.gateway import Gateway, State, boundary, camera_frames, parts, snapshot
 from service.client import AsyncClient
 from service.codec.bitstream import Bitstream
 from service.engine import Engine, Photo
 from service.files import write_whole
-from tests.conftest import image_bytes
+from tests.conftest import image_bytes, until
 from tests.served import free_port, served
 
 FRAMES, BUDGET = 24, 3000
@@ -40,13 +40,48 @@ def number(photo: Photo) -> int:
     return sum((photo[8:24, 32 * bit + 8 : 32 * bit + 24].mean() > 128) << bit for bit in range(5))
 
 
-async def run_for(seconds: float, gateway: Gateway, poll: float) -> None:
-    """Let a gateway work for a while, then stop it."""
-    stop = asyncio.Event()
+async def run_until(holds: Callable[[], object], gateway: Gateway, poll: float, looks: int = 5) -> None:
+    """Let a gateway work until something holds and it has looked a few times more, then stop it.
+
+    Raises:
+        TimeoutError: it never holds.
+    """
+    stop, looked = asyncio.Event(), 0
+    waiting = gateway.waiting
+
+    def counted() -> list[tuple[Path, State]]:
+        nonlocal looked
+        looked += 1
+        return waiting()
+
+    gateway.waiting = counted  # type: ignore[method-assign]
     work = asyncio.create_task(gateway.run(stop, poll))
-    await asyncio.sleep(seconds)
+    async with asyncio.timeout(60):
+        while not holds():
+            await asyncio.sleep(0.01)
+        enough = looked + looks
+        while looked < enough:
+            await asyncio.sleep(0.01)
+    assert not work.done()
     stop.set()
     await work
+
+
+class Service:
+    """A service that takes every frame but `b"bad"`, and keeps what it got."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.sent.append(await request.aread())
+        if self.sent[-1] == b"bad":
+            return httpx.Response(422, json={"type": "urn:limpid:problem:corrupt-image", "detail": "truncated"})
+        headers = {"limpid-rate": "4", "limpid-bpp": "0.5", "limpid-model": "m"}
+        return httpx.Response(200, content=b"of " + self.sent[-1], headers=headers)
+
+    def client(self) -> AsyncClient:
+        return AsyncClient("x", transport=httpx.MockTransport(self))
 
 
 @contextmanager
@@ -84,13 +119,6 @@ def gateway(frames: Path, out: Path, port: int, *args: str) -> Iterator[subproce
     yield process
     process.terminate()
     assert process.wait(60) in (0, -9)
-
-
-def until(true: Callable[[], bool], seconds: float = 90) -> None:
-    ends = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < ends
-        time.sleep(0.1)
 
 
 def check(out: Path, engine: Engine) -> None:
@@ -183,29 +211,23 @@ def test_a_frame_that_has_its_result_goes_if_the_last_stop_left_it(tmp_path: Pat
 
 
 def test_a_frame_that_goes_while_it_waits_its_turn_stops_nothing(tmp_path: Path) -> None:
-    sent: list[bytes] = []
+    class Taking(Service):
+        async def __call__(self, request: httpx.Request) -> httpx.Response:
+            (tmp_path / "b.jpg").unlink(missing_ok=True)
+            return await super().__call__(request)
 
-    async def answer(request: httpx.Request) -> httpx.Response:
-        sent.append(await request.aread())
-        if len(sent) == 1:
-            (tmp_path / "b.jpg").unlink()
-        return httpx.Response(
-            200, content=b"stream", headers={"limpid-rate": "4", "limpid-bpp": "1", "limpid-model": "m"}
-        )
+    service = Taking()
 
     async def work() -> None:
-        async with AsyncClient("x", transport=httpx.MockTransport(answer)) as limpid:
+        async with service.client() as limpid:
             for name in "abc":
                 (tmp_path / f"{name}.jpg").write_bytes(name.encode())
-            stop = asyncio.Event()
-            work = asyncio.create_task(Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False).run(stop, 0.02))
-            await asyncio.sleep(2)
-            assert not work.done()
-            stop.set()
-            await work
+            await run_until(
+                lambda: len(service.sent) == 2, Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False), 0.02
+            )
 
     asyncio.run(work())
-    assert sent == [b"a", b"c"]
+    assert service.sent == [b"a", b"c"]
 
 
 def test_a_frame_that_came_after_the_result_of_its_name_stays(tmp_path: Path) -> None:
@@ -226,28 +248,27 @@ def test_a_frame_that_came_after_the_result_of_its_name_stays(tmp_path: Path) ->
 
 @pytest.mark.parametrize("delete", [True, False])
 def test_a_new_frame_of_a_known_name_is_sent_once_and_takes_nothing_away(tmp_path: Path, delete: bool) -> None:
-    sent: list[bytes] = []
-    out, path = tmp_path / "out", tmp_path / "snapshot.jpg"
+    service, out, path = Service(), tmp_path / "out", tmp_path / "snapshot.jpg"
+    frames, written = (b"one", b"bad", b"two", b"two"), 0
 
-    async def answer(request: httpx.Request) -> httpx.Response:
-        sent.append(await request.aread())
-        if sent[-1] == b"bad":
-            return httpx.Response(422, json={"type": "urn:limpid:problem:corrupt-image", "detail": "truncated"})
-        headers = {"limpid-rate": "4", "limpid-bpp": "0.5", "limpid-model": "m"}
-        return httpx.Response(200, content=b"of " + sent[-1], headers=headers)
+    def all_settled() -> bool:
+        """Writes each frame once what became of those before lies where it should."""
+        nonlocal written
+        settled = len([*out.glob("*.lmp"), *(out / "refused").glob("*.jpg")])
+        if settled < written or (delete and path.exists()):
+            return False
+        if written == len(frames):
+            return True
+        path.write_bytes(frames[written])
+        written += 1
+        return False
 
     async def work() -> None:
-        async with AsyncClient("x", transport=httpx.MockTransport(answer)) as limpid:
-            stop = asyncio.Event()
-            work = asyncio.create_task(Gateway(limpid, tmp_path, out, {}, 1, delete).run(stop, 0.02))
-            for frame in (b"one", b"bad", b"two", b"two"):
-                path.write_bytes(frame)
-                await asyncio.sleep(0.5)
-            stop.set()
-            await work
+        async with service.client() as limpid:
+            await run_until(all_settled, Gateway(limpid, tmp_path, out, {}, 1, delete), 0.02)
 
     asyncio.run(work())
-    assert sent == [b"one", b"bad", b"two", b"two"]
+    assert service.sent == [b"one", b"bad", b"two", b"two"]
     assert sorted(result.read_bytes() for result in out.glob("*.lmp")) == [b"of one", b"of two", b"of two"]
     assert [result.read_bytes() for result in (out / "refused").glob("*.jpg")] == [b"bad"]
     assert path.exists() is not delete
@@ -294,7 +315,8 @@ def test_only_what_the_frame_is_to_blame_for_refuses_it(
 
     async def work() -> None:
         async with AsyncClient("http://x", transport=httpx.MockTransport(answer)) as limpid:
-            await run_for(0.5, Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False), poll=0.01)
+            gateway = Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False)
+            await run_until(lambda: calls >= (1 if refused else 2), gateway, 0.01, looks=20)
 
     asyncio.run(work())
     assert (tmp_path / "out/refused/a.TIF").exists() is refused
@@ -318,7 +340,7 @@ def test_a_frame_whose_writer_pauses_is_not_lost(tmp_path: Path) -> None:
             assert gateway.waiting() == []
             await asyncio.sleep(0.1)
             assert gateway.waiting() == []
-            await run_for(1.5, gateway, poll=0.02)
+            await run_until((out / "refused/a.jpg").exists, gateway, 0.02)
 
     asyncio.run(work())
     assert sent == [b"part", b"whole frame"]
@@ -328,29 +350,23 @@ def test_a_frame_whose_writer_pauses_is_not_lost(tmp_path: Path) -> None:
 def test_a_frame_that_is_rewritten_while_its_result_is_written_is_sent_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent: list[bytes] = []
-    out, path = tmp_path / "out", tmp_path / "snapshot.jpg"
-    headers = {"limpid-rate": "4", "limpid-bpp": "0.5", "limpid-model": "m"}
-
-    async def answer(request: httpx.Request) -> httpx.Response:
-        sent.append(await request.aread())
-        return httpx.Response(200, content=b"of " + sent[-1], headers=headers)
+    service, out, path = Service(), tmp_path / "out", tmp_path / "snapshot.jpg"
 
     def slow(result: Path, data: bytes, modified: int) -> None:
         write_whole(result, data, modified=modified)
-        if len(sent) == 1:
+        if len(service.sent) == 1:
             path.write_bytes(b"another")
 
     async def work() -> None:
-        async with AsyncClient("x", transport=httpx.MockTransport(answer)) as limpid:
+        async with service.client() as limpid:
             path.write_bytes(b"one")
-            await run_for(1, Gateway(limpid, tmp_path, out, {}, 1, True), poll=0.02)
+            gateway = Gateway(limpid, tmp_path, out, {}, 1, True)
+            await run_until(lambda: len(service.sent) == 2 and not path.exists(), gateway, 0.02)
 
     monkeypatch.setattr("deploy.gateway.write_whole", slow)
     asyncio.run(work())
-    assert sent == [b"one", b"another"]
+    assert service.sent == [b"one", b"another"]
     assert (out / "snapshot.jpg.lmp").read_bytes() == b"of another"
-    assert not path.exists()
 
 
 def test_a_password_of_a_camera_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -377,24 +393,20 @@ def test_a_password_of_a_camera_is_not_logged(caplog: pytest.LogCaptureFixture) 
 def test_a_frame_is_sent_once_whatever_times_its_result_can_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
-    sent: list[bytes] = []
-    frames, set_time = tmp_path / "in", os.utime
-
-    async def answer(request: httpx.Request) -> httpx.Response:
-        sent.append(await request.aread())
-        return httpx.Response(200, content=b"x", headers={"limpid-rate": "4", "limpid-bpp": "1", "limpid-model": "m"})
+    service, frames, out, set_time = Service(), tmp_path / "in", tmp_path / "out", os.utime
 
     async def work() -> None:
-        async with AsyncClient("x", transport=httpx.MockTransport(answer)) as limpid:
-            await run_for(0.5, Gateway(limpid, frames, tmp_path / "out", {}, 1, False), poll=0.02)
+        async with service.client() as limpid:
+            gateway = Gateway(limpid, frames, out, {}, 1, False)
+            await run_until(lambda: len(list(out.glob("*.lmp"))) == 3, gateway, 0.02)
 
     frames.mkdir()
     for name in "abc":
         (frames / f"{name}.jpg").write_bytes(name.encode())
     monkeypatch.setattr("os.utime", lambda path, ns: set_time(path, ns=(ns[0] // kept * kept, ns[1] // kept * kept)))
     asyncio.run(work())
-    assert sorted(sent) == [b"a", b"b", b"c"]
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.lmp")) == ["a.jpg.lmp", "b.jpg.lmp", "c.jpg.lmp"]
+    assert sorted(service.sent) == [b"a", b"b", b"c"]
+    assert sorted(path.name for path in out.glob("*.lmp")) == ["a.jpg.lmp", "b.jpg.lmp", "c.jpg.lmp"]
 
 
 def test_a_snapshot_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,10 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -19,12 +18,13 @@ import pytest
 import yaml
 
 from service.engine import Photo
-from tests.conftest import image_bytes, noisy
-from tests.served import served
+from tests.conftest import image_bytes, noisy, until
+from tests.served import free_port, served
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = DEPLOY / "grafana" / "limpid.json"
 UNPACKED = Path(sys.prefix) / "debian" / "usr" / "bin"
+DECOMPRESSED = 'limpid_http_requests_total{operation="decompress", status="200"}'
 
 
 def binary(name: str) -> str:
@@ -69,11 +69,9 @@ def test_the_committed_dashboard_is_what_its_code_makes() -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory, bikes: Photo) -> Iterator[str]:
-    """A Prometheus that has scraped a service under a little load every second for a while."""
+    """A Prometheus that scraped a service under a little load every second, until it could tell a rate."""
     command, folder = binary("prometheus"), tmp_path_factory.mktemp("prometheus")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     base = f"http://127.0.0.1:{port}"
     with served() as (service, _):
         config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
@@ -88,14 +86,22 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory, bikes: Photo) -> Iterat
         try:
             with httpx2.Client(timeout=30) as client:
                 upload = image_bytes(noisy(bikes), "JPEG")
-                until = time.monotonic() + 12
-                while time.monotonic() < until:
+                sent = 0
+
+                def seen() -> bool:
+                    """After a little more load: Prometheus can tell a rate of it."""
+                    nonlocal sent
                     for rate in range(1, 9):
                         stream = client.post(f"{service}/compress", params={"rate": rate}, content=upload).content
                     assert client.post(f"{service}/decompress", content=stream).status_code == 200
                     assert client.post(f"{service}/compress", content=b"no photo").status_code == 415
-                    time.sleep(0.3)
-            time.sleep(3)  # the last scrape sees all of it
+                    sent += 1
+                    with suppress(httpx2.TransportError):  # it may not listen yet
+                        return bool(ask(base, f"count_over_time({DECOMPRESSED}[10s]) >= 4"))
+                    return False
+
+                until(seen)
+                until(lambda: ask(base, f"{DECOMPRESSED} == {sent}"))  # the last scrape has seen all of it
             yield base
         finally:
             process.terminate()

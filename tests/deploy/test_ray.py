@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from service.engine import Photo
 from service.imaging import read_photo
 from service.store import ModelStore
 from tests.conftest import copied_store, image_bytes, noisy, other_store
+from tests.served import free_port
 
 ray = pytest.importorskip("ray", reason="the extra limpid[ray] is not installed")
 
@@ -38,9 +38,7 @@ class Cluster:
         self.nodes.add_node(num_cpus=1)
         variables = {"PYTHONPATH": str(ROOT), "LIMPID_STORE": str(store.folder), "LIMPID_LOG_LEVEL": "error"}
         ray.init(address=self.nodes.address, runtime_env={"env_vars": variables}, log_to_driver=False)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.base = f"http://127.0.0.1:{port}"
         serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
         self.deploy(store_version=1)

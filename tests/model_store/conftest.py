@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def run(
 ) -> Path:
     """Train for a number of steps: every step is made to take a second of the schedule's time."""
     ticks = iter(range(10**6))
-    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
     monkeypatch.setitem(CONFIGS, "tiny", config)

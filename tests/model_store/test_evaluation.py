@@ -16,7 +16,8 @@ from PIL import Image
 
 from model_store.evaluation import trials
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
-from model_store.evaluation.conditions import degraded_photo, uploaded
+from model_store.evaluation.conditions import SETS, degraded_photo, uploaded
+from model_store.evaluation.measuring import peers_of
 from model_store.evaluation.rate_distortion import Curve, Record, bd_rate, curves, frontier, read_records
 from model_store.evaluation.tables import plot, published_table, table
 from model_store.images import psnr
@@ -163,24 +164,31 @@ def test_a_pair_is_the_photo_and_the_one_beside_it(tmp_path: Path, parrots: Phot
     assert np.array_equal(uploaded(clean, parrots, 0, "pairs"), 255 - parrots)
 
 
-@pytest.mark.parametrize(
-    ("command", "file", "codecs"),
-    [("peers", "peers-rain.json", {"INPUT", *PEERS}), ("model", "edge-8-rain.json", {"LIMPID"})],
-)
-def test_every_photo_is_measured_by_processes_of_their_own(
-    tmp_path: Path, parrots: Photo, command: str, file: str, codecs: set[str]
-) -> None:
+@pytest.fixture
+def pairs(tmp_path: Path, parrots: Photo) -> Path:
+    """Two small pairs of the set `rain`."""
     (tmp_path / "rain").mkdir()
     for name in "ab":
         for kind in ("clean", "rain"):
             Image.fromarray(parrots[:48, :64]).save(tmp_path / "rain" / f"{name}_{kind}.png")
-    options = ["--photos", tmp_path, "--results", tmp_path, "--sets", "rain", "--jobs", "2"]
-    named = ["--name", "edge-8"] if command == "model" else []
-    subprocess.run([sys.executable, "-m", "model_store.evaluation", command, *options, *named], check=True)
-    measured = read_records([tmp_path / file])
-    assert {record.codec for record in measured} == codecs
-    assert [record.photo for record in measured] == sorted(record.photo for record in measured)
-    assert {record.photo for record in measured} == {"a", "b"}
+    return tmp_path
+
+
+def test_every_peer_is_measured_at_every_quality(pairs: Path) -> None:
+    measured = peers_of(pairs / "rain/a_clean.png", 0, "rain")
+    assert {(record.codec, record.setting) for record in measured} == {
+        ("INPUT", 0), *((format, quality) for format, qualities in PEERS.items() for quality in qualities)
+    }  # fmt: skip
+    assert all(record.bpp == pytest.approx(8 * record.bytes / (48 * 64), abs=1e-5) for record in measured)
+
+
+def test_every_photo_is_measured_by_processes_of_their_own(pairs: Path) -> None:
+    options = ["--photos", pairs, "--results", pairs, "--sets", "rain", "--jobs", "2", "--name", "edge-8"]
+    subprocess.run([sys.executable, "-m", "model_store.evaluation", "model", *options], check=True)
+    measured = read_records([pairs / "edge-8-rain.json"])
+    assert {record.codec for record in measured} == {"LIMPID"}
+    rates = [rate for (condition,) in (SETS["rain"],) for rate in condition.rates]
+    assert [(record.photo, record.setting) for record in measured] == [(name, rate) for name in "ab" for rate in rates]
     assert all(record.bpp == pytest.approx(8 * record.bytes / (48 * 64), abs=1e-5) for record in measured)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ def test_shares_go_towards_the_better_weights(photos: Path, tmp_path: Path, monk
     monkeypatch.setitem(CONFIGS, "tiny", TINY)
     output = tmp_path / "soup" / "checkpoint.pt"
     ticks = iter(range(10**6))
-    monkeypatch.setattr("model_store.training.soup.time.monotonic", lambda: float(next(ticks)))  # a second per batch
+    clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))  # a second per batch
+    monkeypatch.setattr("model_store.training.soup.time", clock)
     shares = soup(bright, [good], photos, output, minutes=1, lr=0.1, batch=2, crop=64, device="cpu", compiled=False)
     monkeypatch.undo()
     assert shares["g_s.head"][0] > 0.1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import Queue
 from threading import Event
 from typing import Any
@@ -20,14 +20,15 @@ from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, Photo, StageTimes
 from service.settings import Settings
 from service.state import Service
-from tests.conftest import image_bytes, wait_ready
+from tests.conftest import copied_store, image_bytes, other_store, until, wait_ready
 
 KEYS = "first-key,second-key"
 
 
 @pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    """An app of its own, with keys and one CORS origin."""
+def own(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> Iterator[TestClient]:
+    """An app of its own on the engine of all, with keys and one CORS origin."""
+    monkeypatch.setattr("service.app._load", lambda settings: engine)
     monkeypatch.setenv("LIMPID_API_KEYS", KEYS)
     monkeypatch.setenv("LIMPID_CORS_ORIGINS", "https://example.org")
     with TestClient(create_app(Settings()), raise_server_exceptions=False) as client:
@@ -83,8 +84,9 @@ def test_a_page_of_an_allowed_origin_can_read_every_refusal(own: TestClient) -> 
 
 
 def test_settings_reach_the_batcher_and_every_variant_runs_before_the_service_is_ready(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    copied_store(tmp_path / "store").add(other_store(tmp_path / "other", "edge-next"), "edge-next")
     ran: set[tuple[str | None, int]] = set()
     encode = Engine.encode
 
@@ -93,24 +95,25 @@ def test_settings_reach_the_batcher_and_every_variant_runs_before_the_service_is
         return encode(self, jobs, *more)
 
     monkeypatch.setattr(Engine, "encode", noted)
-    settings = Settings(max_batch_items=3, max_batch_pixels=4, max_batch_wait_ms=20, max_queue_items=5)
+    limits = {"max_batch_items": 3, "max_batch_pixels": 4, "max_batch_wait_ms": 20, "max_queue_items": 5}
+    settings = Settings(store=tmp_path / "store", **limits)
     engine = _load(settings)
+    assert len(engine.models) == 2
     assert ran == {(name, rate) for name in engine.models for rate in range(1, 9)}
-    limits = _batcher(engine, Service(settings))._limits
-    assert limits == Limits(3, 4, 0.02, 5, settings.max_queue_bytes)
+    assert _batcher(engine, Service(settings))._limits == Limits(3, 4, 0.02, 5, settings.max_queue_bytes)
 
 
 def test_seven_of_eight_succeed_beside_a_poisoned_item(
     own: TestClient, monkeypatch: pytest.MonkeyPatch, parrots: Photo
 ) -> None:
-    """Two slow requests keep the device busy; eight gather behind them in one batch, and one of them fails it."""
-    encode = Engine.encode
+    """Slow requests keep the device busy; eight gather behind them in one batch, and one of them fails it."""
+    encode, gathered = Engine.encode, Event()
     batches = []
 
     def injected(self: Engine, jobs: Sequence[EncodeJob], times: StageTimes, watch: Watch) -> list[Bitstream]:
         batches.append(len(jobs))
         if jobs[0].photo.shape[0] == 256:
-            time.sleep(1.0)
+            assert gathered.wait(60)
         if any((job.photo[0, 0] == 77).all() for job in jobs):
             raise RuntimeError("poison")
         return encode(self, jobs, times, watch)
@@ -120,8 +123,12 @@ def test_seven_of_eight_succeed_beside_a_poisoned_item(
     uploads[3][0, 0] = 77
     with ThreadPoolExecutor(10) as pool:
         slow = [pool.submit(own.post, "/compress", content=image_bytes(parrots)) for _ in range(2)]
-        time.sleep(0.4)
+        until(lambda: len(batches) == 2)
         answers = [pool.submit(own.post, "/compress", content=image_bytes(upload)) for upload in uploads]
+        service = state(own).ready
+        assert service
+        until(lambda: service.batcher.waiting_items == 8)
+        gathered.set()
         statuses = [answer.result().status_code for answer in answers]
         assert [one.result().status_code for one in slow] == [200, 200]
     assert statuses == [200, 200, 200, 500, 200, 200, 200, 200]
@@ -238,8 +245,7 @@ def test_image_work_that_outlives_its_request_keeps_its_place(
     assert begun.qsize() == threads
     assert (service.admitted, service.body_bytes) == (threads, threads * len(data))
     go.set()
-    while service.admitted:
-        time.sleep(0.01)
+    until(lambda: not service.admitted)
     assert service.body_bytes == 0
     assert begun.qsize() == threads
 
