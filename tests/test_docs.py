@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model_store.evaluation.rate_distortion import Record, bd_rate, curves, input_psnr, read_records
 from service.errors import KINDS
-from service.settings import Settings
+from service.settings import DEFAULT_STORE, Settings
 from service.state import Service
+from service.store import ModelStore
 from tests.conftest import copied_store, image_bytes, noisy, other_store, photo
 from tests.served import served
 
@@ -165,3 +168,67 @@ def test_every_command_is_documented() -> None:
 def test_the_costs_in_the_readme_are_counted() -> None:
     done = subprocess.run([sys.executable, "-m", "service.codec.cost"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() in (ROOT / "README.md").read_text()
+
+
+RESULTS = ROOT / "model_store/evaluation/results"
+UPLOADS = {
+    "clean": ("kodak", "clean"),
+    "Gaussian noise, sigma 15": ("kodak", "noise-15"),
+    "Gaussian noise, sigma 25": ("kodak", "noise-25"),
+    "Gaussian noise, sigma 50": ("kodak", "noise-50"),
+    "sensor noise, level 2 of 4": ("kodak", "sensor-2"),
+    "rain, made": ("kodak", "rain"),
+    "snow, made": ("kodak", "snow"),
+    "haze, made": ("kodak", "haze"),
+    "low light, made": ("kodak", "low-light"),
+    "rain drawn by others, 10 photos": ("rain", "pairs"),
+    "real camera noise, 8 photos": ("cc15", "pairs"),
+}
+PEER_COLUMNS = {"JPEG": "JPEG", "WebP": "WEBP", "AVIF (speed 6)": "AVIF", "denoised, then AVIF": "NLM+AVIF"}
+
+
+def measured(*kinds: str) -> list[Record]:
+    """All records of `KIND-SET.json`."""
+    sets = {name for name, _ in UPLOADS.values()}
+    paths = [RESULTS / f"{kind}-{name}.json" for kind in kinds for name in sets]
+    return read_records(path for path in paths if path.exists())
+
+
+def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
+    text = (ROOT / "README.md").read_text()
+    head, rows = re.findall(r"^\| upload \|(.*)\|\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.M)[0]
+    columns = [name.strip() for name in head.split("|")][1:]
+    peers = measured("peers", "cascade")
+    told = {label: cells for label, *cells in (
+        [cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()
+    )}  # fmt: skip
+    assert told.keys() == UPLOADS.keys()
+    for number, column in enumerate(columns):
+        model = re.fullmatch(r"Limpid `(.*)`", column)
+        codec = "LIMPID" if model else PEER_COLUMNS[column]
+        of_codec = curves(measured(model[1]) if model else peers)
+        for label, (name, condition) in UPLOADS.items():
+            curve = of_codec.get((name, condition, codec))
+            value = curve.psnr_within(0.5) if curve else None
+            assert told[label][number + 1] == ("" if value is None else f"{value:.2f}"), (label, column)
+    for label, (name, condition) in UPLOADS.items():
+        assert told[label][0] == ("" if condition == "clean" else f"{input_psnr(peers, name, condition):.2f}"), label
+
+
+def test_what_the_readme_says_of_the_default_model_was_measured() -> None:
+    text, name = (ROOT / "README.md").read_text(), ModelStore(DEFAULT_STORE).index.default
+    naming, copies = (
+        json.loads((RESULTS / f"{name}-{trial}.json").read_text())["summary"] for trial in ("naming", "generations")
+    )
+    assert f"of `{name}` names {100 * naming['right']:.1f}% of Kodak's photos" in text
+    told = re.search(r"a clean photo loses\s+(\S+) dB \(rate 6, worst of Kodak (\S+)\)", text)
+    assert told
+    assert told.groups() == (f"{copies['mean_loss_db']:.2f}", f"{copies['largest_loss_db']:.2f}")
+    ours, theirs = curves(measured(name)), curves(measured("cascade"))
+    saved = [
+        bd_rate(ours["kodak", noise, "LIMPID"], theirs["kodak", noise, "NLM+AVIF"])
+        for noise in ("noise-15", "noise-25")
+    ]
+    told = re.search(rf"`{name}` takes (\d+)% fewer bits than it and AVIF at sigma 15, (\d+)% fewer at sigma 25", text)
+    assert told
+    assert [-int(percent) for percent in told.groups()] == [round(change or 0) for change in saved]
