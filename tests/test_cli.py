@@ -181,7 +181,7 @@ def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: Lines) -> None
         (["compress", photo], "expected an image"),
         (["compress", str(tmp_path / "empty")], "empty"),
         (["compress", "-", photo], "standard input"),
-        (["decompress", photo], "expected a Limpid bitstream"),
+        (["decompress", photo, "-o", f"{out}.png"], "expected a Limpid bitstream"),
         (["decompress", str(tmp_path / "missing"), "-o", f"{out}.png"], "missing"),
         (["decompress", stream, "-o", f"{out}.gif"], "expected an output name that ends in one of"),
         (["decompress", stream, "-o", f"{out}.png", "--format", "webp"], "goes with --format webp"),
