@@ -21,8 +21,6 @@ from service.codec.tables import CdfTables, gaussian_tables
 
 COUNTED_BATCHES = 120
 
-_KEYS = ("cdf", "size", "offset")
-
 _BELIEF_Y, _BELIEF_Z = 2000.0, 100.0
 """Symbols' worth of trust in what training estimates with: levels that are seldom used keep it."""
 
@@ -39,17 +37,14 @@ def with_counted_tables(
     codec = ShippedCodec.from_tensors(tensors, description, torch.device("cpu"))
     data = iter(Batches(PhotoPool(photos, crop, codec.device), 4, crop, codec.device, seed=3))
     y = _Counted(gaussian_tables())
-    z = _Counted(CdfTables(*(tensors[f"tables.z.{key}"].numpy() for key in _KEYS)))
+    z = _Counted(CdfTables.from_tensors(tensors, "z"))
     for batch in islice(data, batches):
         latents, z_hat, _ = codec.analyse(batch.degraded, batch.rate)
         for one in codec.rounded(latents, z_hat, batch.rate)[0]:
             z.add(one.z, one.rate * codec.config.hyper + codec.z_channels(len(one.z)))
             for symbols, levels in one.passes:
                 y.add(symbols, levels)
-    tables = {"y": y.tables(_BELIEF_Y, symmetric=True), "z": z.tables(_BELIEF_Z)}
-    return tensors | {
-        f"tables.{name}.{key}": torch.from_numpy(getattr(one, key)) for name, one in tables.items() for key in _KEYS
-    }
+    return tensors | y.tables(_BELIEF_Y, symmetric=True).to_tensors("y") | z.tables(_BELIEF_Z).to_tensors("z")
 
 
 class _Counted:

@@ -4,6 +4,7 @@ the entropy coder on every machine."""
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ def known_answer(codec: ShippedCodec) -> str:
 CODER_ANSWER = "4ca7413e29c816c5ae869412c103ab6b801ef38afdc4480be2b00b0b57a19efa"
 
 
+@cache
 def coder_answer() -> str:
     """SHA-256 of the bytes that the entropy coder makes of fixed symbols, and of what it reads from them again."""
     tables = GuardedTables(

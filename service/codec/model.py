@@ -192,9 +192,7 @@ def ship(model: TrainableCodec, report: ReportHead | None = None) -> tuple[dict[
         tensors[f"rescale.{name}.factor"] = rescale.factor.to(torch.int16)
         tensors[f"rescale.{name}.shift"] = rescale.shift.to(torch.int8)
     z_tables = logistic_tables(location.double().flatten().numpy(), scale.double().flatten().numpy())
-    for name, tables in (("y", gaussian_tables()), ("z", z_tables)):
-        for key in ("cdf", "size", "offset"):
-            tensors[f"tables.{name}.{key}"] = torch.from_numpy(getattr(tables, key))
+    tensors |= gaussian_tables().to_tensors("y") | z_tables.to_tensors("z")
     description = {
         "config": asdict(model.config),
         "clamps": {name: [layer.low, layer.high] for name, layer in prior.layers.items()},

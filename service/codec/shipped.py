@@ -359,10 +359,7 @@ class ShippedCodec:
                 Rescale(tensors[f"rescale.{name}.factor"], tensors[f"rescale.{name}.shift"], stated["limits"][name])
                 for name in ("mean", "context")
             )
-            y_tables, z_tables = (
-                CdfTables(*(tensors[f"tables.{name}.{key}"].numpy() for key in ("cdf", "size", "offset")))
-                for name in "yz"
-            )
+            y_tables, z_tables = (CdfTables.from_tensors(tensors, name) for name in "yz")
             if len(y_tables.cdf) != SCALE_LEVELS or not y_tables.within(SYMBOL_LIMIT):
                 raise ValueError(f"expected {SCALE_LEVELS} tables for y, of symbols within +-{SYMBOL_LIMIT}")
             if len(z_tables.cdf) != RATE_POINTS * config.hyper or not z_tables.within(Z_LIMIT):

@@ -7,6 +7,7 @@ A table is a row of cumulative frequencies over 2^16, for the symbols offset, of
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,15 @@ class CdfTables:
         rises = np.diff(self.cdf.astype(np.int64), axis=1) > 0
         if self.cdf[:, 0].any() or not rises[used].all() or (ends != 1 << PRECISION).any():
             raise ValueError(f"expected frequencies that rise from 0 to {1 << PRECISION} in every table")
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], name: str) -> CdfTables:
+        """What `to_tensors` made of them, among the tensors of a model."""
+        return cls(*(tensors[f"tables.{name}.{key}"].numpy() for key in ("cdf", "size", "offset")))
+
+    def to_tensors(self, name: str) -> dict[str, Tensor]:
+        """As a model holds them: `tables.NAME.cdf`, `.size` and `.offset`."""
+        return {f"tables.{name}.{key}": torch.from_numpy(array) for key, array in vars(self).items()}
 
     def within(self, limit: int) -> bool:
         """Whether all symbols lie in +-limit."""

@@ -22,7 +22,6 @@ from service.app import create_app
 from service.imaging import read_photo
 from service.settings import Settings
 from tests.conftest import image_bytes, photo, wait_ready
-from tests.test_imaging import bomb
 
 
 @dataclass
@@ -93,23 +92,21 @@ def run(count: int, seed: int, make: Callable[[np.random.Generator], tuple[str, 
 
 
 def bitstreams(client: TestClient) -> Callable[[np.random.Generator], tuple[str, bytes]]:
-    """Mutations of real streams at several rates, half of them with a right checksum, and of a start and garbage."""
+    """Mutations of real streams at several rates, half of them with a right checksum."""
     pixels = photo("bikes")[:48, :64]
     streams = [client.post("/compress", content=image_bytes(pixels), params={"rate": r}).content for r in (1, 4, 8)]
-    streams.append(streams[0][:40] + bytes(10**6))
 
     def make(rng: np.random.Generator) -> tuple[str, bytes]:
-        mutated = mutate(streams[int(rng.integers(0, len(streams)))], rng)
+        mutated = mutate(streams[int(rng.integers(0, 3))], rng)
         return "/decompress", reseal(mutated) if rng.random() < 0.5 else mutated
 
     return make
 
 
 def images() -> Callable[[np.random.Generator], tuple[str, bytes]]:
-    """Mutations of small images of every format, of a photo that says it is huge, and of a large nothing."""
+    """Mutations of small images of every format."""
     pixels = photo("bikes")[:40, :56]
     files = [image_bytes(pixels, name) for name in ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP")]
-    files += [bomb(100_000, 100_000), b"x" * 10**6]
 
     def make(rng: np.random.Generator) -> tuple[str, bytes]:
         return "/compress", mutate(files[int(rng.integers(0, len(files)))], rng)
