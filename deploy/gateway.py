@@ -48,11 +48,12 @@ BLAMELESS = frozenset({"invalid-api-key", "not-found", "malformed-request", "une
 
 
 class Goal(TypedDict, total=False):
-    """What `AsyncClient.compress` is asked for: one of these, or none for the service's own rate point."""
+    """What `AsyncClient.compress` is asked for: one of the first three, or none for the service's own rate point."""
 
     rate: int | None
     max_bytes: int | None
     target_bpp: float | None
+    effort: int | None
 
 
 async def camera_frames(url: str, every: float) -> AsyncIterator[bytes]:
@@ -314,7 +315,7 @@ async def _main(args: argparse.Namespace, limpid: AsyncClient) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    goal = Goal(rate=args.rate, max_bytes=args.max_bytes, target_bpp=args.target_bpp)
+    goal = Goal(rate=args.rate, max_bytes=args.max_bytes, target_bpp=args.target_bpp, effort=args.effort)
     async with limpid:
         delete = args.delete or bool(args.camera)
         settle = 0 if args.camera else args.settle  # the camera's frames are written whole
@@ -345,6 +346,9 @@ def main() -> None:
         "--max-bytes", type=positive(int), help="budget of one frame; takes about three times as long as a rate"
     )
     size.add_argument("--target-bpp", type=positive(float, MOST_BPP), help="the same in bits per pixel")
+    parser.add_argument(
+        "--effort", type=int, choices=range(9), metavar="0..8", help="rounds of refinement: time for bits"
+    )
     parser.add_argument("--settle", type=float, default=2, help="seconds for which a frame of the folder is unchanged")
     parser.add_argument("--deadline", type=positive(float), default=60, help="seconds that a frame may take")
     parser.add_argument("--at-once", type=positive(int), default=4, help="frames under way at a time")

@@ -209,10 +209,16 @@ def finish(outcome: httpx.Response | httpx.RequestError) -> httpx.Response:
 
 
 def compress_call(
-    body: Body, rate: int | None, max_bytes: int | None, target_bpp: float | None, model: str | None, policy: Policy
+    body: Body,
+    rate: int | None,
+    max_bytes: int | None,
+    target_bpp: float | None,
+    model: str | None,
+    effort: int | None,
+    policy: Policy,
 ) -> Call:
     """`POST /compress` at a rate point from 1 to 8 or within a budget, of which at most one is given."""
-    options = {"rate": rate, "max_bytes": max_bytes, "target_bpp": target_bpp, "model": model}
+    options = {"rate": rate, "max_bytes": max_bytes, "target_bpp": target_bpp, "model": model, "effort": effort}
     params = {name: str(value) for name, value in options.items() if value is not None}
     return Call("POST", "/compress", policy, body, params, {"Content-Type": "application/octet-stream"})
 

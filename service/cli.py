@@ -127,7 +127,12 @@ def _compress(args: argparse.Namespace, settings: Settings) -> int:
 
         def work(data: bytes) -> tuple[bytes, str]:
             done = codec.compress(
-                data, rate=args.rate, max_bytes=args.max_bytes, target_bpp=args.target_bpp, model=args.model
+                data,
+                rate=args.rate,
+                max_bytes=args.max_bytes,
+                target_bpp=args.target_bpp,
+                model=args.model,
+                effort=args.effort,
             )
             return done.bitstream, f"{done.bpp:.3f} bits per pixel at rate point {done.rate}"
 
@@ -268,6 +273,9 @@ def _parser() -> argparse.ArgumentParser:
         help="best rate point of at most so many bits per pixel",
     )
     compress.add_argument("--model", help="name of a model, see variants")
+    compress.add_argument(
+        "--effort", type=int, choices=range(9), metavar="0..8", help="rounds of refinement: time for fewer bits"
+    )
     compress.set_defaults(run=_compress)
     decompress = commands.add_parser("decompress", help="bitstreams to clean photos", parents=[files, remote])
     decompress.add_argument("--format", choices=[output.name.lower() for output in OutputFormat], help="png by default")

@@ -133,14 +133,15 @@ class Client:
         max_bytes: int | None = None,
         target_bpp: float | None = None,
         model: str | None = None,
+        effort: int | None = None,
         policy: Policy | None = None,
     ) -> Compressed:
-        """Compress a photo, at a rate point from 1 to 8 or the best one within a budget.
+        """Compress a photo, at a rate point from 1 to 8 or the best one within a budget, `effort` from 0 to 8.
 
         Raises:
             LimpidError: see its subclasses.
         """
-        call = compress_call(photo, rate, max_bytes, target_bpp, model, policy or self.policy)
+        call = compress_call(photo, rate, max_bytes, target_bpp, model, effort, policy or self.policy)
         return compressed(self._send(call))
 
     def decompress(
@@ -240,10 +241,11 @@ class AsyncClient:
         max_bytes: int | None = None,
         target_bpp: float | None = None,
         model: str | None = None,
+        effort: int | None = None,
         policy: Policy | None = None,
     ) -> Compressed:
         """See `Client.compress`."""
-        call = compress_call(photo, rate, max_bytes, target_bpp, model, policy or self.policy)
+        call = compress_call(photo, rate, max_bytes, target_bpp, model, effort, policy or self.policy)
         return compressed(await self.send(call))
 
     async def decompress(

@@ -31,8 +31,10 @@ from service.codec.config import RATE_POINTS, STRIDE
 from service.codec.device import pick_device, transform_precision
 from service.codec.heap import keep_heap, release_heap
 from service.codec.rans import CorruptPayload
+from service.codec.refine import MOST_ROUNDS
 from service.codec.shipped import (
     Coded,
+    Effort,
     LatentSymbols,
     ShippedCodec,
     Watch,
@@ -47,6 +49,8 @@ T = TypeVar("T")
 Photo = NDArray[np.uint8]
 """An sRGB photo, (H, W, 3)."""
 
+_Key = tuple[int, tuple[int, int], int]
+"""What goes through a model together: its id, the latent size and the effort."""
 
 CPU_PIXELS = 2**19
 """Pixels that go through the transforms together on the CPU: larger batches fall out of its caches and gain nothing."""
@@ -91,11 +95,13 @@ class _Timer(AbstractContextManager[None]):
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """One photo to compress: (H, W, 3) uint8, the rate point 1 to 8, and the model's name (None: the default)."""
+    """One photo to compress: (H, W, 3) uint8, the rate point 1 to 8, the model's name (None: the default), and the
+    rounds of refinement, 0 to 8."""
 
     photo: Photo
     rate: int
     model: str | None = None
+    effort: int = 0
 
 
 @dataclass(frozen=True)
@@ -255,13 +261,15 @@ class Engine:
 
         Raises:
             UnknownModel: a job names a model that the store does not hold.
-            ValueError: a photo or a rate point is out of range.
+            ValueError: a photo, a rate point or an effort is out of range.
         """
         for job in jobs:
             if job.photo.dtype != np.uint8 or job.photo.ndim != 3 or job.photo.shape[2] != 3 or 0 in job.photo.shape:
                 raise ValueError(f"expected a photo (H, W, 3) of uint8, got {job.photo.shape} of {job.photo.dtype}")
             if not 1 <= job.rate <= RATE_POINTS:
                 raise ValueError(f"expected a rate point from 1 to {RATE_POINTS}, got {job.rate}")
+            if not 0 <= job.effort <= MOST_ROUNDS:
+                raise ValueError(f"expected an effort from 0 to {MOST_ROUNDS}, got {job.effort}")
         models = [self.model(job.model) for job in jobs]
 
         def group(indexes: list[int]) -> list[Bitstream]:
@@ -269,7 +277,7 @@ class Engine:
             return self._encode_group(models[indexes[0]], chosen, times or StageTimes(), watch or Watch())
 
         sizes = [latent_size(*job.photo.shape[:2]) for job in jobs]
-        return self._grouped([(id(model), size) for model, size in zip(models, sizes)], group)
+        return self._grouped([(id(model), size, job.effort) for model, size, job in zip(models, sizes, jobs)], group)
 
     def decode(
         self, streams: Sequence[Bitstream], times: StageTimes | None = None, watch: Watch | None = None
@@ -287,15 +295,15 @@ class Engine:
             return self._decode_group(models[indexes[0]], chosen, times or StageTimes(), watch or Watch())
 
         sizes = [latent_size(stream.height, stream.width) for stream in streams]
-        return self._grouped([(id(model), size) for model, size in zip(models, sizes)], group)
+        return self._grouped([(id(model), size, 0) for model, size in zip(models, sizes)], group)
 
-    def _grouped(self, keys: Sequence[tuple[int, tuple[int, int]]], run: Callable[[list[int]], list[T]]) -> list[T]:
-        """Run indexes that share a key, a model's id and a latent size, together; results in order."""
-        groups: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
+    def _grouped(self, keys: Sequence[_Key], run: Callable[[list[int]], list[T]]) -> list[T]:
+        """Run indexes that share a key together; results in order."""
+        groups: dict[_Key, list[int]] = defaultdict(list)
         for index, key in enumerate(keys):
             groups[key].append(index)
         results: dict[int, T] = {}
-        for (_, (rows, columns)), indexes in groups.items():
+        for (_, (rows, columns), _), indexes in groups.items():
             try:
                 results.update(zip(indexes, run(indexes)))
             except torch.AcceleratorError as error:
@@ -332,8 +340,9 @@ class Engine:
                 padded = [self._padded(job.photo) for job in part]
                 x = torch.cat(padded) if len(padded) > 1 else padded[0]
                 y, z_hat, found = codec.analyse(x, rate)
+                effort = Effort(jobs[0].effort, x, found) if jobs[0].effort else None
                 del padded, x  # a large photo has no memory to spare
-                return codec.symbols_of(y, z_hat, rate), found
+                return codec.symbols_of(y, z_hat, rate, effort), found
 
         for part in self._parts(len(jobs), padded_pixels(*jobs[0].photo.shape[:2])):
             latents, found = self.on_device(partial(transform, jobs[part]), times)

@@ -69,6 +69,7 @@ class Local(Watch):
         max_bytes: int | None = None,
         target_bpp: float | None = None,
         model: str | None = None,
+        effort: int | None = None,
     ) -> Compressed:
         """See `Client.compress`.
 
@@ -82,7 +83,7 @@ class Local(Watch):
         search = RateSearch[Bitstream](rate, budget_bytes(max_bytes, target_bpp, count))
         while wanted := search.wanted:
             self.more(self._engine.model(model).codec.steps)
-            (stream,) = self._engine.encode([EncodeJob(pixels, wanted, model)], times, self)
+            (stream,) = self._engine.encode([EncodeJob(pixels, wanted, model, effort or 0)], times, self)
             search.add(wanted, stream, len(stream.to_bytes()))
         stream = search.best()
         data = stream.to_bytes()

@@ -24,6 +24,7 @@ class Settings(BaseSettings):
         threads: CPU threads of the device step, and image files read or written at a time; 0 takes torch's default.
         max_pixels: largest photo accepted by either call.
         max_body_bytes: largest request body.
+        max_effort: most rounds of refinement that a request may ask for.
         max_batch_items, max_batch_pixels: of one run on the device; a single photo may exceed the pixels.
         max_batch_wait_ms: milliseconds that a batch that is not full waits on purpose for company.
         max_queue_items, max_queue_bytes: most requests that are admitted at a time, and bytes of photos that wait.
@@ -47,6 +48,7 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, le=1024)
     max_pixels: int = Field(50_000_000, ge=1)
     max_body_bytes: int = Field(256 * 2**20, ge=1024)
+    max_effort: int = Field(8, ge=0, le=8)
     max_batch_items: int = Field(16, ge=1)
     max_batch_pixels: int = Field(16_000_000, ge=1)
     max_batch_wait_ms: float = Field(0, ge=0, le=10_000)

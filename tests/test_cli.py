@@ -119,6 +119,20 @@ def test_progress_within_one_photo_ends_at_its_total(bikes: Photo) -> None:
         assert seen[-1][0] == seen[-1][1]
 
 
+def test_effort_shows_in_the_size_and_in_the_progress(parrots: Photo, tmp_path: Path, capsys: Lines) -> None:
+    data, seen = image_bytes(parrots), []
+    with closing(Local(Settings())) as codec:
+        codec.watch(lambda done, total: seen.append((done, total)))
+        plain = codec.compress(data).bitstream
+        before = len(seen)
+        refined = codec.compress(data, effort=3).bitstream
+        assert seen[-1][0] == seen[-1][1] == len(seen) == 2 * before + 4
+    assert len(refined) < len(plain)
+    (tmp_path / "in.png").write_bytes(data)
+    assert main(["compress", str(tmp_path / "in.png"), "--effort", "3"]) == 0
+    assert f"{len(refined)} bytes" in capsys.readouterr().out
+
+
 def test_work_can_be_given_up(bikes: Photo) -> None:
     with closing(Local(Settings())) as codec:
         codec.watch(lambda done, total: codec.give_up())

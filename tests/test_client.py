@@ -371,6 +371,8 @@ def test_a_photo_goes_there_and_back_on_the_real_server(parrots: Photo, tmp_path
     with Client(guarded, "sesame") as client:
         compressed = client.compress(tmp_path / "in.png", max_bytes=5000)
         assert len(compressed.bitstream) <= 5000
+        refined = client.compress(tmp_path / "in.png", rate=compressed.rate, effort=2)
+        assert refined.bitstream != compressed.bitstream
         restored = client.decompress(compressed.bitstream, media_type="image/webp", quality=95)
         assert restored.media_type == "image/webp"
         assert restored.rate == compressed.rate

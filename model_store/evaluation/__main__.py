@@ -6,6 +6,7 @@ model    one model of the store, the same inputs                 -> results/NAME
 report   table and plots from these; the means go into store.json -> results/NAME.md, NAME-SET.png
 naming   does the model's report name what the generator did?    -> results/NAME-naming.json
 generations   compress the result again, ten times, at rate 6    -> results/NAME-generations.json
+effort   what refinement saves on Kodak, round by round           -> results/NAME-effort.json
 sheets   photos without ground truth, before and after           -> results/NAME-FOLDER.jpg
 features maps of the encoder's attentions, and an embedding      -> results/NAME-maps.jpg, NAME-embedding.png
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 
 from model_store.evaluation.codecs import LimpidCodec
-from model_store.evaluation.conditions import MEASURED, SETS
+from model_store.evaluation.conditions import ALL_RATES, MEASURED, SETS
 from model_store.evaluation.features import Watched, draw_embedding, draw_maps
 from model_store.evaluation.measuring import (
     Work,
@@ -34,9 +35,10 @@ from model_store.evaluation.measuring import (
     model_of,
     of_each_photo,
     peers_of,
+    refined_of,
 )
 from model_store.evaluation.rate_distortion import Record, curves, read_records
-from model_store.evaluation.tables import plot, published_table, table
+from model_store.evaluation.tables import effort_table, plot, published_table, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
 from model_store.images import photo_paths
 from model_store.index import STORE, read_index, write_index
@@ -103,6 +105,14 @@ def _save(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def _effort(args: argparse.Namespace) -> None:
+    model = args.name or read_index(args.store)["default"]
+    work = partial(refined_of, args.store, model, (0, *args.efforts), args.conditions, args.rates)
+    records = of_each_photo(args.photos, "kodak", work, args.jobs, args.limit)
+    _write(args.results / f"{model}-effort.json", records, args.jobs)
+    print(effort_table(records))
+
+
 def _sheets(args: argparse.Namespace) -> None:
     codec = LimpidCodec(args.store, args.name)
     for folder in ("rni15", "real"):
@@ -145,6 +155,7 @@ COMMANDS = {
     "report": _report,
     "naming": _naming,
     "generations": _generations,
+    "effort": _effort,
     "sheets": _sheets,
     "features": _features,
 }
@@ -164,6 +175,11 @@ def main() -> None:
             sub.add_argument("--photos", type=Path, required=True, help="folder that holds the sets as subfolders")
             if command in ("peers", "cascade", "model"):
                 sub.add_argument("--sets", nargs="+", default=list(MEASURED), choices=list(SETS))
+            if command == "effort":
+                sub.add_argument("--efforts", nargs="+", type=int, default=[4], help="beside 0")
+                sub.add_argument("--rates", nargs="+", type=int, default=list(ALL_RATES), choices=ALL_RATES)
+                sub.add_argument("--conditions", nargs="+", default=["clean", "noise-15", "noise-25", "noise-50"])
+            if command in ("peers", "cascade", "model", "effort"):
                 at_once = 1 if pick_device("auto").type == "cuda" else os.cpu_count()
                 sub.add_argument("--jobs", type=int, default=at_once, help="processes at a time")
             if command == "features":

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model_store.evaluation.conditions import Sample
+from model_store.evaluation.conditions import ALL_RATES, Sample
 from model_store.images import Photo, as_photo, as_tensor
 from model_store.index import read_model
 from service.codec.bitstream import MODEL_ID_BYTES, Bitstream
 from service.codec.device import pick_device, transform_precision
-from service.codec.shipped import ShippedCodec, latent_size, pad_to_stride
+from service.codec.shipped import Effort, ShippedCodec, latent_size, pad_to_stride
 
 PEERS: dict[str, tuple[int, ...]] = {
     "JPEG": (5, 10, 25, 50, 75, 90),
@@ -34,11 +34,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class LimpidCodec:
-    """A model of the store, run as the service runs it: same precision, same container, one photo at a time."""
+    """A model of the store, run as the service runs it: same precision, same container, one photo at a time.
 
-    def __init__(self, store: Path, name: str | None = None) -> None:
+    `effort`: rounds of refinement, 0 to 8.
+    """
+
+    def __init__(self, store: Path, name: str | None = None, effort: int = 0) -> None:
         model, self.device = read_model(store, name), pick_device("auto")
-        self.entry = model.entry
+        self.entry, self.effort = model.entry, effort
         dtype = getattr(torch, transform_precision(self.device))
         self.codec = ShippedCodec.from_tensors(model.tensors, model.description, self.device, dtype)
 
@@ -51,15 +54,16 @@ class LimpidCodec:
         for point in rates:
             rate = torch.tensor([point - 1], device=self.device)
             y, z_hat, found = self.codec.analyse(x, rate)
-            coded = self.codec.write(self.codec.symbols_of(y, z_hat, rate)[0])
+            effort = Effort(self.effort, x, found) if self.effort else None
+            coded = self.codec.write(self.codec.symbols_of(y, z_hat, rate, effort)[0])
             y_hat = self.codec.read([coded], rate, *size)
             x_hat = self.codec.synthesise(y_hat, rate)
             stream = Bitstream(model_id, point, width, height, found[0], coded.outliers, coded.payload)
             yield stream, as_photo(x_hat[0, :, :height, :width])
 
-    def points(self, sample: Sample) -> Iterator[tuple[int, int, Photo]]:
-        """(rate point, bytes of the `.lmp` file, restored photo) for every rate point of the sample's condition."""
-        for stream, restored in self.round_trip(sample.degraded, sample.condition.rates):
+    def points(self, sample: Sample, rates: Sequence[int] = ALL_RATES) -> Iterator[tuple[int, int, Photo]]:
+        """(rate point, bytes of the `.lmp` file, restored photo) for those rate points that its condition has."""
+        for stream, restored in self.round_trip(sample.degraded, [r for r in sample.condition.rates if r in rates]):
             yield stream.rate, len(stream.to_bytes()), restored
 
 

@@ -5,7 +5,7 @@ The processes find their work by its name: it has to live in a module that can b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -80,6 +80,26 @@ def cascade_of(strengths: Mapping[str, int], path: Path, index: int, name: str) 
             for format in ("WEBP", "AVIF"):
                 records += [Record.of(name, sample, f"NLM+{format}", *point) for point in peer_points(format, photo)]
     return records
+
+
+def refined_of(
+    store: Path,
+    model: str,
+    efforts: Sequence[int],
+    conditions: Sequence[str],
+    rates: Sequence[int],
+    path: Path,
+    index: int,
+    name: str,
+) -> list[Record]:
+    """A model of a store at some efforts, codecs `effort-N`, under some conditions and at some of their rate points."""
+    return [
+        Record.of(name, sample, f"effort-{effort}", *point)
+        for sample in samples_of(path, index, name)
+        if sample.condition.name in conditions
+        for effort in efforts
+        for point in _codec(store, model, effort).points(sample, rates)
+    ]
 
 
 _codec = cache(LimpidCodec)

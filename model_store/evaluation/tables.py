@@ -62,6 +62,18 @@ def published_table(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
+def effort_table(records: Sequence[Record]) -> str:
+    """A Markdown table of what `evaluation effort` measured: per condition and effort the best PSNR within `BUDGET`,
+    and the bits at equal PSNR against an effort of 0."""
+    lines = [f"| condition | effort | dB within {BUDGET} bpp | bits |", "|---|---|---|---|"]
+    all_curves = curves(records)
+    for (name, condition, codec), curve in all_curves.items():
+        change = bd_rate(curve, all_curves[name, condition, "effort-0"])
+        within, told = curve.psnr_within(BUDGET), "-" if change is None else f"{change:+.1f}%"
+        lines.append(f"| {condition} | {codec[7:]} | {'-' if within is None else f'{within:.3f}'} | {told} |")
+    return "\n".join(lines)
+
+
 def plot(records: Sequence[Record], model: str, folder: Path) -> list[Path]:
     """`MODEL-SET.png` per set with a panel per condition: PSNR over bpp for every codec, and the upload's own PSNR.
 

@@ -18,13 +18,12 @@ from model_store.degradations import Kind
 from model_store.index import replace_file
 from model_store.training.batches import Batches
 from model_store.training.compiled import compile_blocks, compile_prior
-from model_store.training.loss import LAMBDA_RANGE
 from model_store.training.photos import PhotoPool, check_crop
 from model_store.training.schedule import Schedule
 from model_store.training.step import FIGURES, Ema, Step
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import trained_lambdas, weights_to_start_from
-from service.codec.config import CONFIGS
+from service.codec.config import CONFIGS, LAMBDA_RANGE
 from service.codec.device import pick_device, transform_precision
 from service.codec.model import TrainableCodec
 

@@ -5,18 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from service.codec.config import RATE_POINTS
-
-LAMBDA_RANGE = (40.0, 8000.0)
-"""Bits per pixel that one unit of MSE (pixels in [0, 1]) costs, at the smallest and the best rate point."""
-
 _BALANCE = 2.0  # bits per pixel of distortion up to which MSE counts in full
-
-
-def rate_lambda(rate: Tensor) -> Tensor:
-    """rate: (B,) indexes 0..7. Returns (B,), log-spaced over the rate points."""
-    low, high = LAMBDA_RANGE
-    return low * (high / low) ** (rate.float() / (RATE_POINTS - 1))
 
 
 def balanced_distortion(mse: Tensor, weight: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from model_store.training.loss import balanced_distortion, rate_lambda
+from model_store.training.loss import balanced_distortion
 from service.codec.model import CodecOutput, CodedLatents, TrainableCodec
+from service.codec.transforms import rate_lambda
 
 STEADY_WEIGHT, STEADY_NOISE = 0.5, 0.05
 """z of the rounded latents, as a later generation sees them, shall be z of the latents: it decides their rounding.

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model_store.training.growth import grown
-from model_store.training.loss import LAMBDA_RANGE
-from service.codec.config import CONFIGS, CodecConfig
+from service.codec.config import CONFIGS, LAMBDA_RANGE, CodecConfig
 from service.codec.prior import ORDINALS
 
 FIRST_LAMBDA_RANGE = (80.0, 5000.0)

@@ -12,6 +12,9 @@ STRIDE = 16
 RATE_POINTS = 8
 """Rate points of every model, numbered 1 (smallest) to 8 (best) in public and 0 to 7 as indexes inside the codec."""
 
+LAMBDA_RANGE = (40.0, 8000.0)
+"""Bits per pixel that one unit of MSE (pixels in [0, 1]) is worth, at the smallest and the best rate point."""
+
 MODEL_NAME = r"[a-z0-9][a-z0-9.-]*"
 """What a model may be called, a regular expression: it is part of file names, headers and labels."""
 

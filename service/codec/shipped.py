@@ -38,8 +38,9 @@ from service.codec.rans import (
     Outliers,
     Symbols,
 )
+from service.codec.refine import Refinement, Rounded, steps_of, trust
 from service.codec.report import ReportHead
-from service.codec.tables import SCALE_LEVELS, Z_LIMIT, CdfTables
+from service.codec.tables import SCALE_LEVELS, Z_LIMIT, CdfTables, level_to_scale
 from service.codec.transforms import Analysis, HyperAnalysis, Synthesis
 
 _UNIT = 2**MEAN_FRACTION
@@ -71,7 +72,7 @@ class Watch:
         """Called after each step of the transforms, in their thread. What it raises ends the work."""
 
     def more(self, steps: int) -> None:
-        """Told where a photo turns out to be a copy, which takes so many steps besides."""
+        """Told where a photo turns out to take so many steps besides: a copy, or one whose latents are refined."""
 
 
 def _here(work: Callable[[], T]) -> T:
@@ -85,6 +86,16 @@ class LatentSymbols:
     rate: int
     z: Symbols
     passes: tuple[tuple[Symbols, Symbols], ...]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Time for better latents: `rounds` of refinement, 1 to 8, and what they go by, x (B, 3, H, W) and what the report
+    found on each photo, as to and from `analyse`."""
+
+    rounds: int
+    x: Tensor
+    found: Sequence[tuple[Degradation, ...]]
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,9 @@ class ShippedCodec:
         for part in transforms:
             part.to(device).to(memory_format=torch.channels_last)
             part.eval().requires_grad_(False)
+        trained = Synthesis(config).eval().requires_grad_(False)
+        trained.load_state_dict(self.g_s.state_dict(), assign=True)
+        self._refined = Refinement(trained, dtype)
         speed_up(self.g_a, dtype)
         speed_up(self.g_s, dtype)
         self.report = report.to(device).eval().requires_grad_(False) if report else None
@@ -198,7 +212,7 @@ class ShippedCodec:
         return z.float().round().clamp(-Z_LIMIT, Z_LIMIT)
 
     @torch.inference_mode()
-    def symbols_of(self, y: Tensor, z_hat: Tensor, rate: Tensor) -> list[LatentSymbols]:
+    def symbols_of(self, y: Tensor, z_hat: Tensor, rate: Tensor, effort: Effort | None = None) -> list[LatentSymbols]:
         """Quantise y; that of a photo which this model wrote at this rate point, as it was quantised then.
 
         Such a photo is told by latents that lie closer to where the decoder puts them than chance would have it. g_a
@@ -207,10 +221,17 @@ class ShippedCodec:
         "Instability of successive deep image compression", ACM MM 2020). The step is kept where it brings the latents
         closer still. It takes both transforms once more.
 
-        Args: as what `analyse` returned. Returns one per photo.
+        Args: as what `analyse` returned, and `effort` for all other photos without a flaw but noise or JPEG's.
+        Returns one per photo.
         """
         latents, rounding = self.rounded(y, z_hat, rate)
         copies = [index for index, changed in enumerate(rounding) if changed < COPY]
+        if effort:
+            for index, found in enumerate(effort.found):
+                if index not in copies and (share := trust(found)):
+                    one = slice(index, index + 1)
+                    better = self._refine(y[one], z_hat[one], rate[one], effort.rounds, effort.x[one], share)
+                    latents[index] = self.rounded(better, z_hat[one], rate[one])[0][0]
         if copies and y.shape[2] * y.shape[3] * STRIDE**2 <= COPY_PIXELS:
             self._watch.more(len(copies) * 2 * self.steps)
             y, rate = y[copies], rate[copies]
@@ -219,6 +240,25 @@ class ShippedCodec:
                 if changed < CLOSER * rounding[index]:
                     latents[index] = again
         return latents
+
+    def _refine(self, y: Tensor, z_hat: Tensor, rate: Tensor, rounds: int, x: Tensor, share: float) -> Tensor:
+        """Latents of one photo that are better to round than y. The photo itself has `share` in what they are for."""
+        self._watch.more(steps_of(y.shape[2], y.shape[3], rounds))
+        target = x if share == 1 else share * x + (1 - share) * self.synthesise(y, rate)
+        with torch.inference_mode(False), torch.no_grad():
+            y, target, rate, z_hat = (tensor.clone() for tensor in (y, target, rate, z_hat))
+            return self._refined(y, target, rate, rounds, partial(self._maps, z_hat=z_hat, rate=rate), self._watch.step)
+
+    def _maps(self, y: Tensor, z_hat: Tensor, rate: Tensor) -> Rounded:
+        """Of one photo, what refinement looks at."""
+        h, w = y.shape[-2:]
+        means, symbols, levels = torch.zeros(3, 1, h, w, y.shape[1], device=y.device)
+        for part, output, chosen, _ in self._passes(y, z_hat, rate):
+            for whole, own in ((means, output.mean), (symbols, chosen), (levels, output.level)):
+                whole += part.placed(own, h, w)
+        means, symbols, levels = (whole.permute(0, 3, 1, 2) for whole in (means, symbols, levels))
+        y_hat = (means / _UNIT + symbols).contiguous(memory_format=torch.channels_last)
+        return Rounded(y_hat, symbols, level_to_scale(levels), levels > self.config.skipped)
 
     @torch.inference_mode()
     def rounded(self, y: Tensor, z_hat: Tensor, rate: Tensor) -> tuple[list[LatentSymbols], list[float]]:
@@ -229,22 +269,29 @@ class ShippedCodec:
             `WIDE`, in steps. It is 0.28 to 0.29 for photos that did not come out of g_s, less for flat pictures; NaN
             where too few can tell.
         """
+        passes: list[list[tuple[Symbols, Symbols]]] = []
+        changed, wide = torch.zeros(2, len(y), device=y.device)
+        for _, output, symbols, told in self._passes(y, z_hat, rate):
+            changed, wide = changed + told[0], wide + told[1]
+            passes.append(_pairs(symbols, output.level))
+        zs = [_numpy(z.flatten()) for z in z_hat]
+        rounding = (changed / wide).sqrt_().masked_fill_(wide < ENOUGH, math.nan)
+        return [LatentSymbols(*each) for each in zip(rate.tolist(), zs, zip(*passes))], rounding.tolist()
+
+    def _passes(
+        self, y: Tensor, z_hat: Tensor, rate: Tensor
+    ) -> Iterator[tuple[Part, PriorOutput, Tensor, tuple[Tensor, Tensor]]]:
+        """Of every pass its latents, what the prior says of them, their symbols, and what `_quantise` tells besides."""
         h, w = y.shape[-2:]
         features = self.prior.features(z_hat, rate, h, w)
         y = y.permute(0, 2, 3, 1)
         known = torch.zeros(y.shape, device=y.device)
-        passes: list[list[tuple[Symbols, Symbols]]] = []
-        changed, wide = torch.zeros(2, len(y), device=y.device)
-        for index, part in enumerate(parts(h, w, self.prior.passes, y.device)):
+        for index, part in enumerate(each := parts(h, w, self.prior.passes, y.device)):
             output = self.prior.predict(index, features, known, rate, part)
             symbols, *told = self._quantise(part.gathered(y), output)
-            changed, wide = changed + told[0], wide + told[1]
-            passes.append(_pairs(symbols, output.level))
-            if len(passes) < self.prior.passes:
+            yield part, output, symbols, (told[0], told[1])
+            if part is not each[-1]:
                 known += part.placed(output.mean.add_(symbols, alpha=_UNIT), h, w)
-        zs = [_numpy(z.flatten()) for z in z_hat]
-        rounding = (changed / wide).sqrt_().masked_fill_(wide < ENOUGH, math.nan)
-        return [LatentSymbols(*each) for each in zip(rate.tolist(), zs, zip(*passes))], rounding.tolist()
 
     def _quantise(self, y: Tensor, output: PriorOutput) -> tuple[Tensor, Tensor, Tensor]:
         """y: (B, n). Returns the symbols, and of the wide latents the sum of squared changes and how many they are."""
@@ -332,6 +379,7 @@ class ShippedCodec:
     # --- tensors ----------------------------------------------------------------------------------------------------
 
     @classmethod
+    @torch.inference_mode(False)  # gradients of what was made in it are not to be had
     def from_tensors(
         cls, tensors: dict[str, Tensor], description: str, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> ShippedCodec:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.codec.blocks import HATB
-from service.codec.config import RATE_POINTS, CodecConfig, Stage
+from service.codec.config import LAMBDA_RANGE, RATE_POINTS, CodecConfig, Stage
 
 GAIN_ANCHORS = (1.8, 14.0)
 """Latent gains that training starts from, at the smallest and at the best rate point."""
@@ -27,6 +27,12 @@ def asinh(x: Tensor) -> Tensor:
 def rate_position(rate: Tensor) -> Tensor:
     """Map rate indexes 0..7 to q in [0, 1]."""
     return rate.to(torch.float32) / (RATE_POINTS - 1)
+
+
+def rate_lambda(rate: Tensor) -> Tensor:
+    """rate: (B,) indexes 0..7. Returns (B,), log-spaced over the rate points."""
+    low, high = LAMBDA_RANGE
+    return low * (high / low) ** rate_position(rate)
 
 
 class RateGain(nn.Module):

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from service.budget import MOST_BPP, RateSearch, budget_bytes
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
 from service.codec.config import RATE_POINTS
+from service.codec.refine import MOST_ROUNDS
 from service.codec.shipped import latent_size, padded_pixels
 from service.engine import EncodeJob
 from service.errors import BUDGET, CORRUPT_IMAGE, EXCHANGE, MALFORMED, NOT_AN_IMAGE, Problem, documented
@@ -47,10 +48,13 @@ async def compress(
     ] = None,
     target_bpp: Annotated[float | None, Query(gt=0, le=MOST_BPP, description="The same in bits per pixel.")] = None,
     model: Annotated[str | None, Query(max_length=64, description="Name of a model, see /variants.")] = None,
+    effort: Annotated[int, Query(ge=0, le=MOST_ROUNDS, description="Rounds of refinement: time for fewer bits.")] = 0,
 ) -> Response:
     """Compress a photo, degraded or clean. The bitstream decodes to the clean photo."""
     if sum(option is not None for option in (rate, max_bytes, target_bpp)) > 1:
         raise Problem(MALFORMED, "expected at most one of rate, max_bytes and target_bpp")
+    if effort > service.settings.max_effort:
+        raise Problem(MALFORMED, f"expected an effort of at most {service.settings.max_effort} here, got {effort}")
     async with exchange(request, service, "compress") as call:
         name = call.ready.engine.model(model).entry.name
         data = await call.body()
@@ -58,7 +62,7 @@ async def compress(
         pixels = photo.shape[0] * photo.shape[1]
         search = RateSearch[Bitstream](rate, budget_bytes(max_bytes, target_bpp, pixels))
         while wanted := search.wanted:
-            stream = await _encode(call, EncodeJob(photo, wanted, name), search.begun)
+            stream = await _encode(call, EncodeJob(photo, wanted, name, effort), search.begun)
             search.add(wanted, stream, len(stream.to_bytes()))
         stream = search.best()
         body = stream.to_bytes()
@@ -88,6 +92,6 @@ def degradation_header(stream: Bitstream) -> str:
 
 async def _encode(call: Exchange, job: EncodeJob, begun: bool) -> Bitstream:
     height, width = job.photo.shape[:2]
-    key = ("compress", job.model, latent_size(height, width))
+    key = ("compress", job.model, (*latent_size(height, width), job.effort))
     stream = await call.submit(job, key, pixels=padded_pixels(height, width), bytes=job.photo.nbytes, begun=begun)
     return cast(Bitstream, stream)

@@ -19,15 +19,16 @@ from model_store.training.average import average
 from model_store.training.batches import Batches
 from model_store.training.compiled import compile_prior
 from model_store.training.curves import draw
-from model_store.training.loss import LAMBDA_RANGE, balanced_distortion, rate_lambda
+from model_store.training.loss import balanced_distortion
 from model_store.training.photos import PhotoPool
 from model_store.training.schedule import Schedule
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import keep_weights, read_weights, stretched, weights_to_start_from
 from service.codec import model as codec_model
 from service.codec import prior
-from service.codec.config import CONFIGS
+from service.codec.config import CONFIGS, LAMBDA_RANGE
 from service.codec.model import TrainableCodec
+from service.codec.transforms import rate_lambda
 from service.engine import Photo
 from tests.codec.test_model import FOUR_PASSES, TINY
 from tests.model_store.conftest import run

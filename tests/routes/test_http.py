@@ -94,6 +94,22 @@ def test_a_budget_is_used_and_never_exceeded(client: TestClient, bikes: Photo) -
     assert f"at least {sizes[1]} bytes" in detail
 
 
+def test_effort_takes_time_for_better_bits(client: TestClient, parrots: Photo) -> None:
+    data = image_bytes(parrots)
+    plain, none, refined = (
+        client.post(f"/compress?rate=5{more}", content=data) for more in ("", "&effort=0", "&effort=3")
+    )
+    assert plain.content == none.content != refined.content
+    assert len(refined.content) < len(plain.content)
+    before, after = (
+        read_photo(client.post("/decompress", content=c).content, 10**6) for c in (plain.content, refined.content)
+    )
+    assert psnr(after, parrots) > psnr(before, parrots) - 0.02
+    answer = client.post("/compress", content=data, params={"max_bytes": len(plain.content), "effort": 1})
+    assert int(answer.headers["limpid-rate"]) >= 5
+    assert len(answer.content) <= len(plain.content)
+
+
 @pytest.mark.parametrize("media_type", ["image/png", "image/avif"])
 def test_accept_chooses_the_format(client: TestClient, stream: bytes, media_type: str) -> None:
     answer = client.post("/decompress", content=stream, headers={"Accept": media_type})
@@ -153,6 +169,7 @@ def test_accept_and_quality_that_cannot_be_met(client: TestClient, stream: bytes
         ("rate=0", "rate"), ("rate=9", "rate"), ("rate=x", "rate"), ("max_bytes=0", "max_bytes"),
         ("target_bpp=-1", "target_bpp"), ("target_bpp=65", "target_bpp"),
         ("target_bpp=nan", "target_bpp"), ("rate=4&max_bytes=9", "at most one"),
+        ("effort=-1", "effort"), ("effort=9", "effort"), ("effort=1.5", "effort"),
     ],
 )  # fmt: skip
 def test_wrong_parameters_are_named(client: TestClient, bikes: Photo, query: str, part: str) -> None:

@@ -201,6 +201,14 @@ def test_a_budget_takes_few_encodings(own: TestClient, monkeypatch: pytest.Monke
     assert len(passes) <= 4
 
 
+def test_effort_ends_where_the_operator_says(own: TestClient, monkeypatch: pytest.MonkeyPatch, bikes: Photo) -> None:
+    service = state(own)
+    monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"max_effort": 1}))
+    answers = [own.post(f"/compress?effort={effort}", content=image_bytes(bikes)) for effort in (1, 2)]
+    assert [answer.status_code for answer in answers] == [200, 400]
+    assert "at most 1 here, got 2" in answers[1].json()["detail"]
+
+
 def test_bodies_are_admitted_up_to_the_bytes_of_the_queue(own: TestClient, bikes: Photo) -> None:
     service, data = state(own), image_bytes(bikes)
     service.body_bytes = service.settings.max_queue_bytes - 10
