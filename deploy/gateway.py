@@ -30,6 +30,7 @@ import httpx
 from service.budget import MOST_BPP
 from service.cli import positive
 from service.client import AsyncClient, LimpidError, Policy, RequestRefused
+from service.codec.config import MOST_EFFORT
 from service.files import PHOTO_ENDINGS, write_whole
 
 log = logging.getLogger("gateway")
@@ -347,7 +348,7 @@ def main() -> None:
     )
     size.add_argument("--target-bpp", type=positive(float, MOST_BPP), help="the same in bits per pixel")
     parser.add_argument(
-        "--effort", type=int, choices=range(9), metavar="0..8", help="rounds of refinement: time for bits"
+        "--effort", type=int, choices=range(MOST_EFFORT + 1), metavar=f"0..{MOST_EFFORT}", help="rounds of refinement"
     )
     parser.add_argument("--settle", type=float, default=2, help="seconds for which a frame of the folder is unchanged")
     parser.add_argument("--deadline", type=positive(float), default=60, help="seconds that a frame may take")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from service.budget import MOST_BPP
 from service.client import Client, LimpidError
+from service.codec.config import MOST_EFFORT
 from service.files import PHOTO_ENDINGS, Pair, names_a_file, overlooked, pair_up, sources, write_whole
 from service.imaging import OutputFormat
 from service.settings import Settings, service_settings
@@ -274,7 +275,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress.add_argument("--model", help="name of a model, see variants")
     compress.add_argument(
-        "--effort", type=int, choices=range(9), metavar="0..8", help="rounds of refinement: time for fewer bits"
+        "--effort",
+        type=int,
+        choices=range(MOST_EFFORT + 1),
+        metavar=f"0..{MOST_EFFORT}",
+        help="rounds of refinement: time for a better picture per bit",
     )
     compress.set_defaults(run=_compress)
     decompress = commands.add_parser("decompress", help="bitstreams to clean photos", parents=[files, remote])

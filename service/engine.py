@@ -27,11 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.codec.bitstream import Bitstream, BitstreamError, CorruptBitstream, Degradation
-from service.codec.config import RATE_POINTS, STRIDE
+from service.codec.config import MOST_EFFORT, RATE_POINTS, STRIDE
 from service.codec.device import pick_device, transform_precision
 from service.codec.heap import keep_heap, release_heap
 from service.codec.rans import CorruptPayload
-from service.codec.refine import MOST_ROUNDS
 from service.codec.shipped import (
     Coded,
     Effort,
@@ -122,10 +121,10 @@ class Model:
     def resident_bytes(self) -> int:
         """Bytes of the transforms and the exact prior on the device."""
         codec = self.codec
-        parts = (codec.g_a, codec.g_s, codec.h_a)
+        parts = (codec.g_a, codec.g_s, codec.h_a, codec.recomputed)
         tensors: list[Tensor] = [one for part in parts for one in (*part.parameters(), *part.buffers())]
-        tensors += codec.prior.tensors()
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+        return sum(storage.nbytes() for storage in held.values()) + sum(one.nbytes for one in codec.prior.tensors())
 
 
 def _let_go(error: BaseException | None) -> None:
@@ -268,8 +267,8 @@ class Engine:
                 raise ValueError(f"expected a photo (H, W, 3) of uint8, got {job.photo.shape} of {job.photo.dtype}")
             if not 1 <= job.rate <= RATE_POINTS:
                 raise ValueError(f"expected a rate point from 1 to {RATE_POINTS}, got {job.rate}")
-            if not 0 <= job.effort <= MOST_ROUNDS:
-                raise ValueError(f"expected an effort from 0 to {MOST_ROUNDS}, got {job.effort}")
+            if not 0 <= job.effort <= MOST_EFFORT:
+                raise ValueError(f"expected an effort from 0 to {MOST_EFFORT}, got {job.effort}")
         models = [self.model(job.model) for job in jobs]
 
         def group(indexes: list[int]) -> list[Bitstream]:

@@ -77,6 +77,7 @@ class Local(Watch):
             ImageError: the bytes are no photo, or one that is too large.
             UnmeetableBudget: no rate point fits.
             UnknownModel: the store has none of that name.
+            ValueError: the effort is beyond 8.
         """
         pixels = read_photo(photo, self._settings.max_pixels)
         count, times = pixels.shape[0] * pixels.shape[1], StageTimes()

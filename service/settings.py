@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.codec.config import MOST_EFFORT
+
 DEFAULT_STORE = Path(__file__).parents[1] / "model_store"
 
 
@@ -48,7 +50,7 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, le=1024)
     max_pixels: int = Field(50_000_000, ge=1)
     max_body_bytes: int = Field(256 * 2**20, ge=1024)
-    max_effort: int = Field(8, ge=0, le=8)
+    max_effort: int = Field(MOST_EFFORT, ge=0, le=MOST_EFFORT)
     max_batch_items: int = Field(16, ge=1)
     max_batch_pixels: int = Field(16_000_000, ge=1)
     max_batch_wait_ms: float = Field(0, ge=0, le=10_000)

@@ -42,6 +42,7 @@ from model_store.evaluation.tables import effort_table, plot, published_table, t
 from model_store.evaluation.trials import contact_sheet, generations, naming
 from model_store.images import photo_paths
 from model_store.index import STORE, read_index, write_index
+from service.codec.config import MOST_EFFORT
 from service.codec.device import pick_device, transform_precision
 
 RESULTS = Path(__file__).parent / "results"
@@ -176,7 +177,9 @@ def main() -> None:
             if command in ("peers", "cascade", "model"):
                 sub.add_argument("--sets", nargs="+", default=list(MEASURED), choices=list(SETS))
             if command == "effort":
-                sub.add_argument("--efforts", nargs="+", type=int, default=[4], help="beside 0")
+                sub.add_argument(
+                    "--efforts", nargs="+", type=int, default=[4], choices=range(1, MOST_EFFORT + 1), help="beside 0"
+                )
                 sub.add_argument("--rates", nargs="+", type=int, default=list(ALL_RATES), choices=ALL_RATES)
                 sub.add_argument("--conditions", nargs="+", default=["clean", "noise-15", "noise-25", "noise-50"])
             if command in ("peers", "cascade", "model", "effort"):

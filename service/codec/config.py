@@ -15,6 +15,9 @@ RATE_POINTS = 8
 LAMBDA_RANGE = (40.0, 8000.0)
 """Bits per pixel that one unit of MSE (pixels in [0, 1]) is worth, at the smallest and the best rate point."""
 
+MOST_EFFORT = 8
+"""Rounds of refinement; what further ones would save is next to nothing."""
+
 MODEL_NAME = r"[a-z0-9][a-z0-9.-]*"
 """What a model may be called, a regular expression: it is part of file names, headers and labels."""
 

@@ -38,7 +38,7 @@ from service.codec.rans import (
     Outliers,
     Symbols,
 )
-from service.codec.refine import Refinement, Rounded, steps_of, trust
+from service.codec.refine import Refinement, Rounded, recomputed, steps_of, trust
 from service.codec.report import ReportHead
 from service.codec.tables import SCALE_LEVELS, Z_LIMIT, CdfTables, level_to_scale
 from service.codec.transforms import Analysis, HyperAnalysis, Synthesis
@@ -156,9 +156,8 @@ class ShippedCodec:
         for part in transforms:
             part.to(device).to(memory_format=torch.channels_last)
             part.eval().requires_grad_(False)
-        trained = Synthesis(config).eval().requires_grad_(False)
-        trained.load_state_dict(self.g_s.state_dict(), assign=True)
-        self._refined = Refinement(trained, dtype)
+        self.recomputed = recomputed(self.g_s, dtype)
+        self._refined = Refinement(self.recomputed)
         speed_up(self.g_a, dtype)
         speed_up(self.g_s, dtype)
         self.report = report.to(device).eval().requires_grad_(False) if report else None
@@ -243,16 +242,16 @@ class ShippedCodec:
 
     def _refine(self, y: Tensor, z_hat: Tensor, rate: Tensor, rounds: int, x: Tensor, share: float) -> Tensor:
         """Latents of one photo that are better to round than y. The photo itself has `share` in what they are for."""
-        self._watch.more(steps_of(y.shape[2], y.shape[3], rounds))
-        target = x if share == 1 else share * x + (1 - share) * self.synthesise(y, rate)
+        self._watch.more(steps_of(y.shape[2], y.shape[3], rounds) + (self.steps if share < 1 else 0))
+        target = x if share == 1 else self.synthesise(y, rate).lerp_(x, share)
         with torch.inference_mode(False), torch.no_grad():
-            y, target, rate, z_hat = (tensor.clone() for tensor in (y, target, rate, z_hat))
+            y, rate, z_hat = (tensor.clone() for tensor in (y, rate, z_hat))
             return self._refined(y, target, rate, rounds, partial(self._maps, z_hat=z_hat, rate=rate), self._watch.step)
 
     def _maps(self, y: Tensor, z_hat: Tensor, rate: Tensor) -> Rounded:
         """Of one photo, what refinement looks at."""
         h, w = y.shape[-2:]
-        means, symbols, levels = torch.zeros(3, 1, h, w, y.shape[1], device=y.device)
+        means, symbols, levels = (torch.zeros(1, h, w, y.shape[1], device=y.device) for _ in range(3))
         for part, output, chosen, _ in self._passes(y, z_hat, rate):
             for whole, own in ((means, output.mean), (symbols, chosen), (levels, output.level)):
                 whole += part.placed(own, h, w)

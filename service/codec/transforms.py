@@ -131,6 +131,7 @@ class Synthesis(nn.Module):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
+        self.config = config
         self.gain = RateGain(config.latents, *(1 / gain for gain in GAIN_ANCHORS))
         overlap = config.stem == 1
         coarse_first = config.stages[::-1]

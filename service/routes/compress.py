@@ -8,8 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from service.budget import MOST_BPP, RateSearch, budget_bytes
 from service.codec.bitstream import MEDIA_TYPE, Bitstream
-from service.codec.config import RATE_POINTS
-from service.codec.refine import MOST_ROUNDS
+from service.codec.config import MOST_EFFORT, RATE_POINTS
 from service.codec.shipped import latent_size, padded_pixels
 from service.engine import EncodeJob
 from service.errors import BUDGET, CORRUPT_IMAGE, EXCHANGE, MALFORMED, NOT_AN_IMAGE, Problem, documented
@@ -22,6 +21,9 @@ router = APIRouter()
 
 UNKNOWN = "unknown"
 """The degradation of a photo on which the model has no opinion."""
+
+ROUND = 4
+"""How many compressions without it a round of refinement takes as long as, at most."""
 
 
 @router.post(
@@ -48,7 +50,9 @@ async def compress(
     ] = None,
     target_bpp: Annotated[float | None, Query(gt=0, le=MOST_BPP, description="The same in bits per pixel.")] = None,
     model: Annotated[str | None, Query(max_length=64, description="Name of a model, see /variants.")] = None,
-    effort: Annotated[int, Query(ge=0, le=MOST_ROUNDS, description="Rounds of refinement: time for fewer bits.")] = 0,
+    effort: Annotated[
+        int, Query(ge=0, le=MOST_EFFORT, description="Rounds of refinement: time for a better picture per bit.")
+    ] = 0,
 ) -> Response:
     """Compress a photo, degraded or clean. The bitstream decodes to the clean photo."""
     if sum(option is not None for option in (rate, max_bytes, target_bpp)) > 1:
@@ -93,5 +97,6 @@ def degradation_header(stream: Bitstream) -> str:
 async def _encode(call: Exchange, job: EncodeJob, begun: bool) -> Bitstream:
     height, width = job.photo.shape[:2]
     key = ("compress", job.model, (*latent_size(height, width), job.effort))
-    stream = await call.submit(job, key, pixels=padded_pixels(height, width), bytes=job.photo.nbytes, begun=begun)
+    pixels = padded_pixels(height, width) * (1 + ROUND * job.effort)  # so that a batch is done in time
+    stream = await call.submit(job, key, pixels=pixels, bytes=job.photo.nbytes, begun=begun)
     return cast(Bitstream, stream)

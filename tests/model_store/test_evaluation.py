@@ -17,10 +17,11 @@ from PIL import Image
 from model_store.evaluation import trials
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
 from model_store.evaluation.conditions import SETS, degraded_photo, uploaded
-from model_store.evaluation.measuring import peers_of
+from model_store.evaluation.measuring import peers_of, refined_of
 from model_store.evaluation.rate_distortion import Curve, Record, bd_rate, curves, frontier, read_records
-from model_store.evaluation.tables import plot, published_table, table
+from model_store.evaluation.tables import effort_table, plot, published_table, table
 from model_store.images import psnr
+from model_store.index import STORE
 from service.codec.bitstream import Degradation, DegradationKind
 from service.engine import Photo
 
@@ -213,3 +214,18 @@ def test_generations_lose_from_the_first_on(tmp_path: Path, parrots: Photo) -> N
     found = trials.generations(cast(LimpidCodec, fake), tmp_path)
     summary = cast(dict[str, Any], found["summary"])
     assert summary["largest_loss_db"] == pytest.approx(20 * math.log10(trials.GENERATIONS), abs=0.002)
+
+
+def test_refinement_is_measured_beside_none(tmp_path: Path, parrots: Photo) -> None:
+    (tmp_path / "kodak").mkdir()
+    Image.fromarray(parrots).save(tmp_path / "kodak" / "a.png")
+    efforts, conditions, rates = (0, 2), ("clean", "noise-15"), (2, 4, 6)
+    found = refined_of(STORE, "edge-8", efforts, conditions, rates, tmp_path / "kodak/a.png", 0, "kodak")
+    assert [(r.condition, r.codec, r.setting) for r in found] == [
+        (condition, f"effort-{effort}", rate) for condition in conditions for effort in efforts for rate in rates
+    ]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in effort_table(found).splitlines()[2:]]
+    assert [row[:2] for row in rows] == [[c, str(effort)] for c in conditions for effort in efforts]
+    for none, refined in zip(rows[::2], rows[1::2]):
+        assert none[3] == "+0.0%"
+        assert float(refined[3].rstrip("%")) < -1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from threading import Event
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from service.batching import DeviceBroken, Limits
 from service.codec.bitstream import Bitstream
 from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, Photo, StageTimes
+from service.exchange import Exchange
+from service.routes.compress import _encode
 from service.settings import Settings
 from service.state import Service
 from tests.conftest import copied_store, image_bytes, other_store, until, wait_ready
@@ -207,6 +211,20 @@ def test_effort_ends_where_the_operator_says(own: TestClient, monkeypatch: pytes
     answers = [own.post(f"/compress?effort={effort}", content=image_bytes(bikes)) for effort in (1, 2)]
     assert [answer.status_code for answer in answers] == [200, 400]
     assert "at most 1 here, got 2" in answers[1].json()["detail"]
+
+
+def test_effort_makes_batches_smaller(bikes: Photo) -> None:
+    asked: list[tuple[object, int]] = []
+
+    async def submit(item: object, key: object, *, pixels: int, **_: object) -> None:
+        asked.append((key, pixels))
+
+    for effort in (0, 2):
+        job = EncodeJob(bikes, 4, "edge-8", effort)
+        asyncio.run(_encode(cast(Exchange, SimpleNamespace(submit=submit)), job, begun=False))
+    (plain, small), (refined, large) = asked
+    assert plain != refined
+    assert (small, large) == (bikes[..., 0].size, 9 * bikes[..., 0].size)
 
 
 def test_bodies_are_admitted_up_to_the_bytes_of_the_queue(own: TestClient, bikes: Photo) -> None:
