@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from model_store.evaluation.rate_distortion import Record, bd_rate, curves, input_psnr, read_records
+from model_store.evaluation.tables import effort_table
 from service.errors import KINDS
 from service.settings import DEFAULT_STORE, Settings
 from service.state import Service
@@ -237,3 +238,16 @@ def test_what_the_readme_says_of_the_default_model_was_measured() -> None:
     told = re.search(rf"`{name}` takes (\d+)% fewer bits than it and AVIF at sigma 15, (\d+)% fewer at sigma 25", text)
     assert told
     assert [-int(percent) for percent in told.groups()] == [round(change or 0) for change in saved]
+
+
+def test_what_effort_saves_was_measured() -> None:
+    told = (ROOT / "docs/models.md").read_text()
+    files = sorted(RESULTS.glob("*-effort-*.json"))
+    assert files
+    for path in files:
+        name = path.name.partition("-effort-")[0]
+        for row in effort_table(read_records([path])).splitlines()[2:]:
+            assert f"| `{name}` {row}" in told
+    (with_effort,) = [row for row in told.splitlines() if row.startswith("| `edge-8` | clean | 4 |")]
+    within = with_effort.split("|")[4].strip()
+    assert f"`edge-8` reaches {float(within):.2f} dB" in (ROOT / "README.md").read_text()

@@ -6,7 +6,7 @@ model    one model of the store, the same inputs                 -> results/NAME
 report   table and plots from these; the means go into store.json -> results/NAME.md, NAME-SET.png
 naming   does the model's report name what the generator did?    -> results/NAME-naming.json
 generations   compress the result again, ten times, at rate 6    -> results/NAME-generations.json
-effort   what refinement saves on Kodak, round by round           -> results/NAME-effort.json
+effort   what refinement saves on Kodak, under each condition      -> results/NAME-effort-CONDITION.json
 sheets   photos without ground truth, before and after           -> results/NAME-FOLDER.jpg
 features maps of the encoder's attentions, and an embedding      -> results/NAME-maps.jpg, NAME-embedding.png
 """
@@ -108,10 +108,11 @@ def _save(path: Path, content: dict[str, object]) -> None:
 
 def _effort(args: argparse.Namespace) -> None:
     model = args.name or read_index(args.store)["default"]
-    work = partial(refined_of, args.store, model, (0, *args.efforts), args.conditions, args.rates)
-    records = of_each_photo(args.photos, "kodak", work, args.jobs, args.limit)
-    _write(args.results / f"{model}-effort.json", records, args.jobs)
-    print(effort_table(records))
+    for condition in args.conditions:
+        work = partial(refined_of, args.store, model, (0, *args.efforts), condition, args.rates)
+        records = of_each_photo(args.photos, "kodak", work, args.jobs, args.limit)
+        _write(args.results / f"{model}-effort-{condition}.json", records, args.jobs)
+        print(effort_table(records))
 
 
 def _sheets(args: argparse.Namespace) -> None:

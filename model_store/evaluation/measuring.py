@@ -86,17 +86,17 @@ def refined_of(
     store: Path,
     model: str,
     efforts: Sequence[int],
-    conditions: Sequence[str],
+    condition: str,
     rates: Sequence[int],
     path: Path,
     index: int,
     name: str,
 ) -> list[Record]:
-    """A model of a store at some efforts, codecs `effort-N`, under some conditions and at some of their rate points."""
+    """A model of a store at some efforts, codecs `effort-N`, under a condition and at some of its rate points."""
     return [
         Record.of(name, sample, f"effort-{effort}", *point)
         for sample in samples_of(path, index, name)
-        if sample.condition.name in conditions
+        if sample.condition.name == condition
         for effort in efforts
         for point in _codec(store, model, effort).points(sample, rates)
     ]

@@ -23,7 +23,7 @@ UNKNOWN = "unknown"
 """The degradation of a photo on which the model has no opinion."""
 
 ROUND = 4
-"""How many compressions without it a round of refinement takes as long as, at most."""
+"""How many compressions without it a round of refinement takes as long as, about."""
 
 
 @router.post(

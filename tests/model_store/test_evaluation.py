@@ -219,13 +219,12 @@ def test_generations_lose_from_the_first_on(tmp_path: Path, parrots: Photo) -> N
 def test_refinement_is_measured_beside_none(tmp_path: Path, parrots: Photo) -> None:
     (tmp_path / "kodak").mkdir()
     Image.fromarray(parrots).save(tmp_path / "kodak" / "a.png")
-    efforts, conditions, rates = (0, 2), ("clean", "noise-15"), (2, 4, 6)
-    found = refined_of(STORE, "edge-8", efforts, conditions, rates, tmp_path / "kodak/a.png", 0, "kodak")
-    assert [(r.condition, r.codec, r.setting) for r in found] == [
-        (condition, f"effort-{effort}", rate) for condition in conditions for effort in efforts for rate in rates
-    ]
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in effort_table(found).splitlines()[2:]]
-    assert [row[:2] for row in rows] == [[c, str(effort)] for c in conditions for effort in efforts]
-    for none, refined in zip(rows[::2], rows[1::2]):
-        assert none[3] == "+0.0%"
-        assert float(refined[3].rstrip("%")) < -1
+    for condition in ("clean", "noise-15"):
+        found = refined_of(STORE, "edge-8", (0, 2), condition, (2, 4, 6), tmp_path / "kodak/a.png", 0, "kodak")
+        assert [(record.condition, record.codec, record.setting) for record in found] == [
+            (condition, f"effort-{effort}", rate) for effort in (0, 2) for rate in (2, 4, 6)
+        ]
+        none, refined = ([cell.strip() for cell in row.split("|")] for row in effort_table(found).splitlines()[2:])
+        assert (none[1:3], none[4]) == ([condition, "0"], "+0.0%")
+        assert refined[1:3] == [condition, "2"]
+        assert float(refined[4].rstrip("%")) < -1
