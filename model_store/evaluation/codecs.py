@@ -34,19 +34,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class LimpidCodec:
-    """A model of the store, run as the service runs it: same precision, same container, one photo at a time.
+    """A model of the store, run as the service runs it: same precision, same container, one photo at a time."""
 
-    `effort`: rounds of refinement, 0 to 8.
-    """
-
-    def __init__(self, store: Path, name: str | None = None, effort: int = 0) -> None:
+    def __init__(self, store: Path, name: str | None = None) -> None:
         model, self.device = read_model(store, name), pick_device("auto")
-        self.entry, self.effort = model.entry, effort
+        self.entry = model.entry
         dtype = getattr(torch, transform_precision(self.device))
         self.codec = ShippedCodec.from_tensors(model.tensors, model.description, self.device, dtype)
 
-    def round_trip(self, photo: Photo, rates: Sequence[int]) -> Iterator[tuple[Bitstream, Photo]]:
-        """Compress and restore a photo at some rate points."""
+    def round_trip(self, photo: Photo, rates: Sequence[int], rounds: int = 0) -> Iterator[tuple[Bitstream, Photo]]:
+        """Compress and restore a photo at some rate points, with so many rounds of refinement, 0 to 8."""
         height, width = photo.shape[:2]
         x = pad_to_stride(as_tensor(photo).to(self.device))
         size = latent_size(height, width)
@@ -54,16 +51,19 @@ class LimpidCodec:
         for point in rates:
             rate = torch.tensor([point - 1], device=self.device)
             y, z_hat, found = self.codec.analyse(x, rate)
-            effort = Effort(self.effort, x, found) if self.effort else None
+            effort = Effort(rounds, x, found) if rounds else None
             coded = self.codec.write(self.codec.symbols_of(y, z_hat, rate, effort)[0])
             y_hat = self.codec.read([coded], rate, *size)
             x_hat = self.codec.synthesise(y_hat, rate)
             stream = Bitstream(model_id, point, width, height, found[0], coded.outliers, coded.payload)
             yield stream, as_photo(x_hat[0, :, :height, :width])
 
-    def points(self, sample: Sample, rates: Sequence[int] = ALL_RATES) -> Iterator[tuple[int, int, Photo]]:
+    def points(
+        self, sample: Sample, rates: Sequence[int] = ALL_RATES, rounds: int = 0
+    ) -> Iterator[tuple[int, int, Photo]]:
         """(rate point, bytes of the `.lmp` file, restored photo) for those rate points that its condition has."""
-        for stream, restored in self.round_trip(sample.degraded, [r for r in sample.condition.rates if r in rates]):
+        chosen = [rate for rate in sample.condition.rates if rate in rates]
+        for stream, restored in self.round_trip(sample.degraded, chosen, rounds):
             yield stream.rate, len(stream.to_bytes()), restored
 
 

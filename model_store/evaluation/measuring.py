@@ -98,7 +98,7 @@ def refined_of(
         for sample in samples_of(path, index, name)
         if sample.condition.name == condition
         for effort in efforts
-        for point in _codec(store, model, effort).points(sample, rates)
+        for point in _codec(store, model).points(sample, rates, effort)
     ]
 
 

@@ -33,7 +33,7 @@ from service.codec.config import CodecConfig
 from service.codec.device import pick_device, transform_precision
 from service.codec.fast import speed_up
 from service.codec.model import TrainableCodec
-from service.codec.report import KINDS, ReportHead
+from service.codec.report import HARMLESS, KINDS, SPAN, ReportHead
 from service.codec.transforms import Analysis
 
 REPORT_FILE = "report.safetensors"
@@ -91,7 +91,7 @@ def targets(added_mse: list[dict[Kind, float]]) -> tuple[Tensor, Tensor, Tensor]
             mse[row, KINDS.index(REPORTED_AS[kind])] += value
     psnr = -10 * mse.clamp_min(1e-9).log10()
     present, counts = psnr < _PRESENT, (psnr < _PRESENT) | (psnr > _ABSENT)
-    return present.float(), ((40 - psnr) / 30).clamp(0, 1), counts.float()
+    return present.float(), ((HARMLESS - psnr) / SPAN).clamp(0, 1), counts.float()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from service.codec.bitstream import Degradation, DegradationKind
 from service.codec.config import STRIDE
 from service.codec.model import gaussian_bits
+from service.codec.report import HARMLESS, SPAN
 from service.codec.transforms import BlockStack, Synthesis, rate_lambda
 
 Block = Callable[[Tensor], Tensor]
@@ -63,8 +64,7 @@ def trust(found: tuple[Degradation, ...]) -> float:
         return 1.0
     if not found or {one.kind for one in found} - {DegradationKind.NOISE, DegradationKind.JPEG}:
         return 0.0
-    # (40 - PSNR) / 30 of what it did is a flaw's strength, see `model_store.training.report`.
-    variance = sum(10 ** ((30 * one.strength - 40) / 10) for one in found)
+    variance = sum(10 ** ((SPAN * one.strength - HARMLESS) / 10) for one in found)
     return 1 / (1 + variance / _GRAIN**2)
 
 

@@ -21,6 +21,9 @@ from service.codec.transforms import asinh
 KINDS = tuple(kind for kind in DegradationKind if kind is not DegradationKind.CLEAN)
 """What the head can find, in the order of its outputs."""
 
+HARMLESS, SPAN = 40.0, 30.0
+"""PSNR, dB, that a flaw of strength 0 leaves by itself, and how much less one of strength 1 does."""
+
 _WIDTH, _HIDDEN = 64, 128
 _POSITIONS = 2**11
 
