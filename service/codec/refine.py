@@ -29,9 +29,13 @@ Block = Callable[[Tensor], Tensor]
 _STEPS = 2
 """Latents that move at one position in one round, at most."""
 
-_CURVATURE, _RATE = 1.5, 1.5
-"""By how much what a step costs by itself, in distortion and in bits, counts against what the gradient promises: it is
-not alone. The best of 0.5 to 3 and of 1 to 3 on crops of six photos of Kodak, clean and noisy, rate points 4 and 5."""
+_CARE, _BOLDER, _WARIER = 2.0, 0.75, 2.0
+"""By how much what a step costs by itself in distortion counts against what the gradient promises, since it is not
+alone, and what becomes of that after a round that made things better or worse (as in Levenberg's and Marquardt's
+method). Of 1 to 2.5, 0.6 to 1 and 1.5 to 2, by crops of six photos of Kodak, clean and noisy, rate points 1 to 8."""
+
+GUIDE = 3
+"""Index of the least rate point whose picture noisy photos are refined for: smaller ones' have lost too much."""
 
 _WINDOW, _MARGIN = 48, 4
 """Positions that go through g_s together, in each direction, and those around them that it sees besides."""
@@ -143,19 +147,19 @@ class Refinement:
             Latents of which lambda D + R is least, which may be y.
         """
         weight = float(rate_lambda(rate)) * target[0, 0].numel()
-        curvature = torch.zeros(())
+        curvature, care = torch.zeros(()), _CARE / _BOLDER
         best, least = y, math.inf
         for turn in range(rounds + 1):
             now = rounded(y)
             last = turn == rounds
             distortion, gradient, probed = self._look(now.y_hat, target, rate, not last, turn == 0, tell)
-            if (cost := weight * distortion + float((now.bits * now.coded).sum())) < least:
-                best, least = y, cost
-            if last:
-                break
             if turn == 0:
                 curvature = weight * probed
-            y = _stepped(y, now, weight * gradient, curvature)
+            if (cost := weight * distortion + float((now.bits * now.coded).sum())) < least:
+                best, least, known, slope, care = y, cost, now, weight * gradient, care * _BOLDER
+            else:
+                care *= _WARIER  # and again from the best
+            y = _stepped(best, known, slope, care * curvature)
         return best
 
     def _look(
@@ -194,7 +198,7 @@ def _stepped(y: Tensor, now: Rounded, gradient: Tensor, curvature: Tensor) -> Te
     """y, with the steps that save most put in place of what they step from."""
     step = -gradient.sign()
     bits = gaussian_bits(now.symbols + step, now.scale) - now.bits
-    saved = (gradient.abs() - _CURVATURE * curvature - _RATE * bits).masked_fill(~now.coded, 0)
+    saved = (gradient.abs() - curvature - bits).masked_fill(~now.coded, 0)
     least = saved.topk(_STEPS, 1).values[:, -1:]
     return torch.where((saved > 0) & (saved >= least), now.y_hat + step, y)
 

@@ -38,7 +38,7 @@ from service.codec.rans import (
     Outliers,
     Symbols,
 )
-from service.codec.refine import Refinement, Rounded, recomputed, steps_of, trust
+from service.codec.refine import GUIDE, Refinement, Rounded, recomputed, steps_of, trust
 from service.codec.report import ReportHead
 from service.codec.tables import SCALE_LEVELS, Z_LIMIT, CdfTables, level_to_scale
 from service.codec.transforms import Analysis, HyperAnalysis, Synthesis
@@ -242,11 +242,18 @@ class ShippedCodec:
 
     def _refine(self, y: Tensor, z_hat: Tensor, rate: Tensor, rounds: int, x: Tensor, share: float) -> Tensor:
         """Latents of one photo that are better to round than y. The photo itself has `share` in what they are for."""
-        self._watch.more(steps_of(y.shape[2], y.shape[3], rounds) + (self.steps if share < 1 else 0))
-        target = x if share == 1 else self.synthesise(y, rate).lerp_(x, share)
+        self._watch.more(steps_of(y.shape[2], y.shape[3], rounds))
+        target = x if share == 1 else self._restored(y, rate, x).lerp_(x, share)
         with torch.inference_mode(False), torch.no_grad():
             y, rate, z_hat = (tensor.clone() for tensor in (y, rate, z_hat))
             return self._refined(y, target, rate, rounds, partial(self._maps, z_hat=z_hat, rate=rate), self._watch.step)
+
+    def _restored(self, y: Tensor, rate: Tensor, x: Tensor) -> Tensor:
+        """x without its flaws, as well as g_s can tell, at this rate point or at `GUIDE`. y: its latents."""
+        guide = rate.clamp(min=GUIDE)
+        again = bool((guide != rate).any())
+        self._watch.more(self.steps * (1 + again))
+        return self.synthesise(self.g_a(x, guide) if again else y, guide)
 
     def _maps(self, y: Tensor, z_hat: Tensor, rate: Tensor) -> Rounded:
         """Of one photo, what refinement looks at."""
