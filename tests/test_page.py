@@ -108,6 +108,26 @@ def test_the_slider_chooses_the_rate_point_by_keyboard(page: playwright.Page, bi
     assert page.inner_text("#fact-stream") != small
 
 
+@pytest.mark.parametrize("most", [0, 3])
+def test_effort_is_offered_as_far_as_it_is_allowed(
+    browser: playwright.Browser, base: str, bikes: Photo, most: int
+) -> None:
+    page = browser.new_page()
+    page.route("**/variants", lambda route: route.fulfill(json={**route.fetch().json(), "max_effort": most}))
+    page.goto(base)
+    playwright.expect(page.locator("#rate-text")).to_contain_text("bits per pixel")
+    playwright.expect(page.locator("#effort-field")).to_be_visible(visible=most > 0)
+    upload(page, "a.png", image_bytes(bikes))
+    done(page)
+    if most:
+        plain = page.inner_text("#fact-stream")
+        page.focus("#effort")
+        page.keyboard.press("End")
+        playwright.expect(page.locator("#effort-text")).to_have_text("3")
+        playwright.expect(page.locator("#fact-stream")).not_to_have_text(plain)
+    page.close()
+
+
 def canvas_colour(page: playwright.Page, x: float, y: float) -> list[int]:
     """The canvas' colour at a place given as shares of its size."""
     colour: list[int] = page.evaluate(

@@ -1,6 +1,6 @@
 // The demo page: takes a photo or a bitstream from wherever it comes, sends it there and back, and shows what came.
 
-import { Refused, compress, decompress, expectedBits, sample } from "./service.js";
+import { Refused, compress, decompress, expectations, sample } from "./service.js";
 import { Viewer } from "./viewer.js";
 import { worsen } from "./worse.js";
 
@@ -66,6 +66,7 @@ function finish(stream, restored) {
   offer("save-photo", restored, `${name}-clean.png`);
   $("downloads").hidden = false;
   say("Done.");
+  if (!bits) foresee(); // the service was loading when the page was opened, say
 }
 
 const process = () => photo && run(async signal => {
@@ -74,8 +75,8 @@ const process = () => photo && run(async signal => {
   const before = await createImageBitmap(upload).catch(() => null); // a TIFF, say: the service can, the browser cannot
   if (signal.aborted) return void before?.close();
   if (before) showPictures(before, null);
-  say("Compressing...");
-  const packed = await compress(upload, $("rate").value, key(), signal);
+  say(Number($("effort").value) ? "Compressing with effort..." : "Compressing...");
+  const packed = await compress(upload, $("rate").value, $("effort").value, key(), signal);
   say("Decompressing...");
   const restored = await decompress(packed.stream, key(), signal);
   const after = await createImageBitmap(restored.photo);
@@ -132,8 +133,17 @@ function showRate() {
 }
 
 async function foresee() {
-  bits = await expectedBits(key());
+  const known = await expectations(key());
+  bits = known?.bits;
+  $("effort").max = known?.effort ?? 0;
+  $("effort-field").hidden = !known?.effort;
   showRate();
+  showEffort();
+}
+
+function showEffort() {
+  const effort = Number($("effort").value);
+  $("effort-text").textContent = effort || "none";
 }
 
 let later;
@@ -142,6 +152,7 @@ const soon = () => { clearTimeout(later); later = setTimeout(process, 150); };
 $("file").addEventListener("click", event => { event.target.value = ""; }); // so that the same file can be picked again
 $("file").addEventListener("change", event => take(event.target.files[0]));
 $("rate").addEventListener("input", () => { showRate(); soon(); });
+$("effort").addEventListener("input", () => { showEffort(); soon(); });
 $("strength").addEventListener("input", soon);
 $("worse").addEventListener("change", event => { $("strength").disabled = event.target.value === "none"; soon(); });
 $("key").addEventListener("change", () => {

@@ -61,8 +61,8 @@ function facts(response) {
   };
 }
 
-export async function compress(photo, rate, key, signal) {
-  const response = await call(`compress?rate=${rate}`, photo, photo.type || "application/octet-stream", key, signal);
+export async function compress(photo, rate, effort, key, signal) {
+  const response = await call(`compress?rate=${rate}&effort=${effort}`, photo, photo.type || "application/octet-stream", key, signal);
   const bpp = Number(response.headers.get("Limpid-Bpp"));
   return { stream: await received(response.blob()), bpp, ...facts(response) };
 }
@@ -78,15 +78,17 @@ export async function sample(name, signal) {
   return new File([await received(response.blob())], `${name}.jpg`, { type: "image/jpeg" });
 }
 
-// Mean bits per pixel of each rate point on clean and on noisy photos, as measured; null where nothing is known.
-export async function expectedBits(key) {
+// Mean bits per pixel of each rate point on clean and on noisy photos, as measured, and the largest effort allowed;
+// null where nothing is known.
+export async function expectations(key) {
   try {
     const response = await fetch("variants", { headers: key ? { Authorization: `Bearer ${key}` } : {} });
-    const model = (await response.json()).models.find(one => one.default);
-    return Object.fromEntries(model.variants.map(variant => {
-      const bits = kind => variant.measured.find(m => m.photos === "kodak" && m.degradation === kind)?.bpp;
-      return [variant.rate, [bits("noise-25"), bits("clean")]];
+    const { models, max_effort: effort } = await response.json();
+    const bits = Object.fromEntries(models.find(one => one.default).variants.map(variant => {
+      const mean = kind => variant.measured.find(m => m.photos === "kodak" && m.degradation === kind)?.bpp;
+      return [variant.rate, [mean("noise-25"), mean("clean")]];
     }));
+    return { bits, effort };
   } catch {
     return null;
   }

@@ -34,12 +34,15 @@ class ModelView(BaseModel):
 
 
 class Variants(BaseModel):
+    """The models, and the largest `effort` that a request may ask for."""
+
     models: list[ModelView]
+    max_effort: int
 
 
 @router.get("/variants", responses=documented(BAD_KEY, NOT_READY, DRAINING))
 async def variants(request: Request, service: ServiceDependency) -> Variants:
-    """Every model on the device."""
+    """Every model on the device, and how much effort may be asked for."""
     check_key(request, service.settings)
     engine = service.require().engine
 
@@ -59,4 +62,5 @@ async def variants(request: Request, service: ServiceDependency) -> Variants:
             ],
         )
 
-    return Variants(models=[view(model) for model in engine.models.values()])
+    models = [view(model) for model in engine.models.values()]
+    return Variants(models=models, max_effort=service.settings.max_effort)

@@ -317,7 +317,9 @@ def test_the_report_names_what_is_wrong_and_is_counted(client: TestClient, parro
 
 
 def test_variants_say_what_was_measured(client: TestClient) -> None:
-    (model, *_) = [m for m in client.get("/variants").json()["models"] if m["default"]]
+    said = client.get("/variants").json()
+    assert said["max_effort"] == 8
+    (model, *_) = [m for m in said["models"] if m["default"]]
     assert model["resident_bytes"] > 1e6
     assert [variant["rate"] for variant in model["variants"]] == list(range(1, 9))
     for variant in model["variants"]:
