@@ -119,7 +119,7 @@ def test_progress_within_one_photo_ends_at_its_total(bikes: Photo) -> None:
         assert seen[-1][0] == seen[-1][1]
 
 
-def test_effort_shows_in_the_size_and_in_the_progress(parrots: Photo, tmp_path: Path, capsys: Lines) -> None:
+def test_effort_shows_in_the_picture_and_in_the_progress(parrots: Photo, tmp_path: Path, capsys: Lines) -> None:
     data, seen = image_bytes(parrots), []
     with closing(Local(Settings())) as codec:
         codec.watch(lambda done, total: seen.append((done, total)))
@@ -127,7 +127,9 @@ def test_effort_shows_in_the_size_and_in_the_progress(parrots: Photo, tmp_path: 
         before = len(seen)
         refined = codec.compress(data, effort=3).bitstream
         assert seen[-1][0] == seen[-1][1] == len(seen) == 2 * before + 4
-    assert len(refined) < len(plain)
+        better, worse = (read_photo(codec.decompress(one).image, 10**6) for one in (refined, plain))
+    assert psnr(better, parrots) > psnr(worse, parrots) + 0.1
+    assert len(refined) < 1.02 * len(plain)
     (tmp_path / "in.png").write_bytes(data)
     assert main(["compress", str(tmp_path / "in.png"), "--effort", "3"]) == 0
     assert f"{len(refined)} bytes" in capsys.readouterr().out
@@ -184,6 +186,8 @@ def test_a_server_does_the_work(tmp_path: Path, parrots: Photo, capsys: Lines, g
     assert main(["decompress", str(tmp_path / "in.lmp"), "-o", str(tmp_path / "out.png"), *at]) == 0
     assert main(["compress", str(tmp_path / "in.png"), "--force", "--url", guarded]) == 1
     assert "API key" in capsys.readouterr().err
+    assert main(["compress", str(tmp_path / "in.png"), "--force", *at, "--deadline", "0.001"]) == 1
+    assert "in.png: " in capsys.readouterr().err
     assert psnr(read_photo((tmp_path / "out.png").read_bytes(), 10**6), parrots) > 26
 
 

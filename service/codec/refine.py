@@ -32,10 +32,7 @@ _STEPS = 2
 _CARE, _BOLDER, _WARIER = 2.0, 0.75, 2.0
 """By how much what a step costs by itself in distortion counts against what the gradient promises, since it is not
 alone, and what becomes of that after a round that made things better or worse (as in Levenberg's and Marquardt's
-method). Of 1 to 2.5, 0.6 to 1 and 1.5 to 2, by crops of six photos of Kodak, clean and noisy, rate points 1 to 8."""
-
-GUIDE = 3
-"""Index of the least rate point whose picture noisy photos are refined for: smaller ones' have lost too much."""
+method). Of 1 to 2.5, 0.6 to 1 and 1.5 and 2, by crops of six photos of Kodak, clean and noisy, rate points 1 to 8."""
 
 _WINDOW, _MARGIN = 48, 4
 """Positions that go through g_s together, in each direction, and those around them that it sees besides."""
@@ -57,6 +54,11 @@ class Rounded:
     def bits(self) -> Tensor:
         """Of every latent, if it is coded."""
         return gaussian_bits(self.symbols, self.scale)
+
+    @property
+    def total(self) -> float:
+        """Bits of all that is coded."""
+        return float((self.bits * self.coded).sum())
 
 
 def trust(found: tuple[Degradation, ...]) -> float:
@@ -144,50 +146,61 @@ class Refinement:
             rounded: gives what y rounds to. tell: called after each of the `steps_of` it.
 
         Returns:
-            Latents of which lambda D + R is least, which may be y.
+            Of the latents that were tried, those of which lambda D + R is least; it may be y.
         """
         weight = float(rate_lambda(rate)) * target[0, 0].numel()
-        curvature, care = torch.zeros(()), _CARE / _BOLDER
-        best, least = y, math.inf
-        for turn in range(rounds + 1):
-            now = rounded(y)
-            last = turn == rounds
-            distortion, gradient, probed = self._look(now.y_hat, target, rate, not last, turn == 0, tell)
-            if turn == 0:
-                curvature = weight * probed
-            if (cost := weight * distortion + float((now.bits * now.coded).sum())) < least:
-                best, least, known, slope, care = y, cost, now, weight * gradient, care * _BOLDER
+        best, care = y, _CARE
+        seen = rounded(best)
+        distortion, gradient, curvature = self._look(seen, target, rate, tell, probe=True)
+        least = weight * distortion + seen.total
+        for left in reversed(range(rounds)):
+            tried = _stepped(best, seen, gradient.mul(weight), curvature * (weight * care))
+            if tried is best:  # nor would any later round move
+                for _ in range(steps_of(y.shape[2], y.shape[3], left)):
+                    tell()
+                break
+            now = rounded(tried)
+            distortion, slope, _ = self._look(now, target, rate, tell, sloping=left > 0)
+            if (cost := weight * distortion + now.total) < least:
+                best, seen, gradient, least, care = tried, now, slope, cost, care * _BOLDER
             else:
                 care *= _WARIER  # and again from the best
-            y = _stepped(best, known, slope, care * curvature)
+            del now, slope, tried  # a large photo has no memory to spare
         return best
 
     def _look(
-        self, y_hat: Tensor, target: Tensor, rate: Tensor, slope: bool, probe: bool, tell: Callable[[], None]
+        self,
+        at: Rounded,
+        target: Tensor,
+        rate: Tensor,
+        tell: Callable[[], None],
+        *,
+        sloping: bool = True,
+        probe: bool = False,
     ) -> tuple[float, Tensor, Tensor]:
-        """D, the mean squared error; its gradient with respect to y_hat; and with a probe, half its mean curvature in
-        every channel (1, N, 1, 1)."""
-        h, w = y_hat.shape[-2:]
-        squares, probed = 0.0, torch.zeros((), device=y_hat.device)
-        gradient = torch.zeros_like(y_hat)
+        """D, the mean squared error; where `sloping`, its gradient with respect to y_hat; and with a probe, half its
+        mean curvature in every channel (1, N, 1, 1)."""
+        h, w = at.y_hat.shape[-2:]
+        squares, probed = 0.0, torch.zeros((), device=at.y_hat.device)
+        gradient = torch.zeros_like(at.y_hat) if sloping else probed
         for rows in _windows(h):
             for columns in _windows(w):
-                seen = y_hat[..., rows.seen, columns.seen].clone().requires_grad_(slope)
+                y_hat = at.y_hat[..., rows.seen, columns.seen].clone().requires_grad_(sloping)
                 wanted = target[..., _pixels(rows.seen), _pixels(columns.seen)]
-                with torch.set_grad_enabled(slope):
-                    error = self._g_s(seen, rate).clamp(0, 1) - wanted  # as the decoder clips it
+                with torch.set_grad_enabled(sloping):
+                    error = self._g_s(y_hat, rate).clamp(0, 1) - wanted  # as the decoder clips it
                 squares += float(error.detach()[..., _pixels(rows.inner), _pixels(columns.inner)].square().sum())
                 if probe:
                     # Hutchinson's estimate: random signs, sent back through g_s, square to the diagonal of J^T J.
                     signs = torch.empty_like(error).bernoulli_(0.5, generator=_generator(error.device)).mul_(2).sub_(1)
-                    (back,) = torch.autograd.grad(error, seen, signs, retain_graph=True)
+                    (back,) = torch.autograd.grad(error, y_hat, signs, retain_graph=True)
                     probed = probed + back.square().sum((2, 3), keepdim=True) * (rows.share * columns.share)
-                if slope:
-                    (own,) = torch.autograd.grad(error, seen, error.detach())
+                if sloping:
+                    (own,) = torch.autograd.grad(error, y_hat, error.detach())
                     gradient[..., rows.inner, columns.inner] = own[..., rows.within, columns.within]
                 tell()
         count = target.numel()
-        return squares / count, gradient * (2 / count), probed / (h * w * count)
+        return squares / count, gradient.mul_(2 / count), probed / (h * w * count)
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -195,16 +208,16 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 def _stepped(y: Tensor, now: Rounded, gradient: Tensor, curvature: Tensor) -> Tensor:
-    """y, with the steps that save most put in place of what they step from."""
+    """y, with the steps that save most put in place of what they step from; y itself where none saves anything."""
     step = -gradient.sign()
     bits = gaussian_bits(now.symbols + step, now.scale) - now.bits
     saved = (gradient.abs() - curvature - bits).masked_fill(~now.coded, 0)
-    least = saved.topk(_STEPS, 1).values[:, -1:]
-    return torch.where((saved > 0) & (saved >= least), now.y_hat + step, y)
+    taken = (saved > 0) & (saved >= saved.topk(_STEPS, 1).values[:, -1:])
+    return torch.where(taken, now.y_hat + step, y) if taken.any() else y
 
 
 def steps_of(h: int, w: int, rounds: int) -> int:
-    """Of so many rounds for a photo whose latents are (h, w); they take about equally long, but for the last ones."""
+    """Of so many rounds for a photo whose latents are (h, w); the first take somewhat longer, the last less."""
     return (rounds + 1) * len(_windows(h)) * len(_windows(w))
 
 

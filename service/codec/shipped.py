@@ -38,7 +38,7 @@ from service.codec.rans import (
     Outliers,
     Symbols,
 )
-from service.codec.refine import GUIDE, Refinement, Rounded, recomputed, steps_of, trust
+from service.codec.refine import Refinement, Rounded, recomputed, steps_of, trust
 from service.codec.report import ReportHead
 from service.codec.tables import SCALE_LEVELS, Z_LIMIT, CdfTables, level_to_scale
 from service.codec.transforms import Analysis, HyperAnalysis, Synthesis
@@ -55,6 +55,9 @@ and the step towards what it came from makes it less by this factor; larger phot
 
 UNDO = 1.2
 """How much of what g_a misses on a copy is made up for: the best of 0.6 to 1.2 over ten generations of two photos."""
+
+GUIDE = 3
+"""Index of the least rate point, 4, for whose picture noisy photos are refined: smaller ones' have lost too much."""
 
 T = TypeVar("T")
 

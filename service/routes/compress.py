@@ -23,7 +23,7 @@ UNKNOWN = "unknown"
 """The degradation of a photo on which the model has no opinion."""
 
 ROUND = 4
-"""How many compressions without it a round of refinement takes as long as, about."""
+"""How many compressions without it one look at refined latents takes as long as, about; N rounds take N + 1 looks."""
 
 
 @router.post(
@@ -76,6 +76,7 @@ async def compress(
     metrics.pixels.labels("compress", name).inc(pixels)
     metrics.bitstream_bytes.labels("compress", name).inc(len(body))
     metrics.image_bytes.labels("compress", name).inc(len(data))
+    metrics.efforts.labels(str(effort)).inc()
     metrics.bits_per_pixel.labels(name, str(stream.rate)).observe(bpp)
     for label in [found.kind.label for found in stream.degradations] or [UNKNOWN]:
         metrics.degradations.labels(label).inc()
@@ -97,6 +98,7 @@ def degradation_header(stream: Bitstream) -> str:
 async def _encode(call: Exchange, job: EncodeJob, begun: bool) -> Bitstream:
     height, width = job.photo.shape[:2]
     key = ("compress", job.model, (*latent_size(height, width), job.effort))
-    pixels = padded_pixels(height, width) * (1 + ROUND * job.effort)  # so that a batch is done in time
+    looks = job.effort + 1 if job.effort else 0
+    pixels = padded_pixels(height, width) * (1 + ROUND * looks)  # so that a batch is done in time
     stream = await call.submit(job, key, pixels=pixels, bytes=job.photo.nbytes, begun=begun)
     return cast(Bitstream, stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model_store.images import psnr
-from service.codec import refine
+from service.codec import refine, shipped
 from service.codec.bitstream import Degradation, DegradationKind
 from service.codec.config import CONFIGS, MOST_EFFORT
 from service.codec.refine import Refinement, Rounded, steps_of, trust
@@ -35,6 +36,15 @@ def test_effort_pays_in_bytes_and_pictures(engine: Engine, parrots: Photo, rate:
     photo = noisy(parrots, sigma) if sigma else parrots
     none, one, four = (cost(engine, photo, parrots, rate, effort) for effort in (0, 1, 4))
     assert four < one < none
+
+
+@pytest.mark.parametrize("rate", [1, 2])
+def test_noisy_photos_are_not_refined_for_what_a_small_rate_point_leaves_of_them(
+    engine: Engine, parrots: Photo, monkeypatch: pytest.MonkeyPatch, rate: int
+) -> None:
+    guided = cost(engine, noisy(parrots, 25), parrots, rate, 4)
+    monkeypatch.setattr(shipped, "GUIDE", 0)
+    assert guided < cost(engine, noisy(parrots, 25), parrots, rate, 4)
 
 
 def test_a_large_photo_is_refined_window_by_window(
@@ -100,8 +110,8 @@ def test_photos_of_one_batch_have_efforts_of_their_own(engine: Engine, parrots: 
             engine.encode([EncodeJob(parrots, 4, effort=wrong)])
 
 
-@pytest.mark.parametrize("sigma", [0, 15])
-def test_steps_are_announced_and_may_end_the_work(engine: Engine, parrots: Photo, sigma: int) -> None:
+@pytest.mark.parametrize(("sigma", "rate"), [(0, 4), (15, 4), (15, 2)])
+def test_steps_are_announced_and_may_end_the_work(engine: Engine, parrots: Photo, sigma: int, rate: int) -> None:
     class Counting(Watch):
         foreseen, done, most = engine.default.codec.steps, 0, 10**6
 
@@ -113,7 +123,7 @@ def test_steps_are_announced_and_may_end_the_work(engine: Engine, parrots: Photo
         def more(self, steps: int) -> None:
             self.foreseen += steps
 
-    job, watch = EncodeJob(noisy(parrots, sigma), 4, effort=3), Counting()
+    job, watch = EncodeJob(noisy(parrots, sigma), rate, effort=3), Counting()
     (stream,) = engine.encode([job], watch=watch)
     assert watch.done == watch.foreseen >= engine.default.codec.steps + steps_of(8, 12, 3)
     watch.done, watch.most = 0, watch.foreseen - 1
@@ -170,10 +180,35 @@ def test_what_gets_dearer_is_not_kept() -> None:
         symbols = torch.zeros_like(y) if len(asked) == 1 else torch.full_like(y, 50.0)
         return Rounded(y.round(), symbols, torch.full_like(y, 10.0), torch.ones_like(y, dtype=torch.bool))
 
-    kept = Refinement(g_s)(y, torch.rand(1, 3, 32, 32), rate, 2, rounded, lambda: None)
-    assert len(asked) == 3
-    assert not torch.equal(asked[1], y)
+    kept = Refinement(g_s)(y, torch.rand(1, 3, 32, 32), rate, 6, rounded, lambda: None)
+    moved = [(tried != y).sum(1) for tried in asked[1:]]
+    assert all((counts <= refine._STEPS).all() for counts in moved)  # each round begins where the first did,
+    assert 0 < moved[-1].sum() < moved[0].sum()  # and is warier
     assert kept is y
+
+
+def test_rounds_end_where_nothing_saves_anything() -> None:
+    g_s = Synthesis(CONFIGS["edge"]).eval().requires_grad_(False)
+    y, rate, told = torch.zeros(1, 192, 2, 50), torch.tensor([0]), []
+
+    def rounded(y: Tensor) -> Rounded:
+        return Rounded(y, y, torch.full_like(y, 1e-3), torch.ones_like(y, dtype=torch.bool))  # a step costs thousands
+
+    kept = Refinement(g_s)(y, torch.rand(1, 3, 32, 800), rate, 8, rounded, lambda: told.append(len(told)))
+    assert kept is y
+    assert len(told) == steps_of(2, 50, 8)
+
+
+def test_what_g_s_cannot_tell_is_not_refined() -> None:
+    y = torch.zeros(1, 4, 2, 2)
+
+    def broken(y: Tensor, _: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(y[:, :3], scale_factor=16) * math.nan
+
+    def rounded(y: Tensor) -> Rounded:
+        return Rounded(y, y, torch.ones_like(y), torch.ones_like(y, dtype=torch.bool))
+
+    assert Refinement(broken)(y, torch.rand(1, 3, 32, 32), torch.tensor([0]), 2, rounded, lambda: None) is y
 
 
 def test_the_probe_finds_the_curvature_of_each_channel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +222,8 @@ def test_the_probe_finds_the_curvature_of_each_channel(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(refine, "_WINDOW", 24)
     y, target = torch.zeros(1, 3, 40, 40), torch.full((1, 3, 640, 640), 0.5)
-    distortion, gradient, probed = Refinement(linear)._look(y, target, torch.tensor([0]), True, True, lambda: None)
+    at = Rounded(y, y, y, y > 0)
+    distortion, gradient, probed = Refinement(linear)._look(at, target, torch.tensor([0]), lambda: None, probe=True)
     assert distortion == 0
     assert not gradient.any()
     exact = weight.square().sum((0, 2)) / target.numel()

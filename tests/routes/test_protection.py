@@ -224,7 +224,7 @@ def test_effort_makes_batches_smaller(bikes: Photo) -> None:
         asyncio.run(_encode(cast(Exchange, SimpleNamespace(submit=submit)), job, begun=False))
     (plain, small), (refined, large) = asked
     assert plain != refined
-    assert (small, large) == (bikes[..., 0].size, 9 * bikes[..., 0].size)
+    assert (small, large) == (bikes[..., 0].size, 13 * bikes[..., 0].size)
 
 
 def test_bodies_are_admitted_up_to_the_bytes_of_the_queue(own: TestClient, bikes: Photo) -> None:
