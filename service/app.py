@@ -17,12 +17,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi_offline import FastAPIOffline
+from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.batching import Batcher, DeviceBroken, Events, Limits
 from service.codec.bitstream import Bitstream, DegradationKind
+from service.codec.config import MOST_EFFORT
 from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, StageTimes
 from service.errors import CLIENT_GONE, INTERNAL, KINDS, Problem, problem_of, problem_response
@@ -55,6 +57,8 @@ def _start_series(service: Service) -> None:
         metrics.rejected.labels(problem.slug)
     for label in (*(kind.label for kind in DegradationKind), UNKNOWN):
         metrics.degradations.labels(label)
+    for effort in range(MOST_EFFORT + 1):
+        metrics.efforts.labels(str(effort))
     for operation in OPERATIONS.values():
         for status in {200, CLIENT_GONE, *(problem.status for problem in KINDS if problem.status >= 500)}:
             metrics.requests.labels(operation, str(status))
@@ -127,12 +131,13 @@ async def reload_store(service: Service) -> None:
 
 
 class _Awaited(Watch):
-    """Ends work for which nobody waits: its clients hung up, or their deadlines passed."""
+    """Counts the steps of work, and ends what nobody waits for: its clients hung up, or their deadlines passed."""
 
-    def __init__(self, awaited: Callable[[], bool]) -> None:
-        self._awaited = awaited
+    def __init__(self, awaited: Callable[[], bool], steps: Counter) -> None:
+        self._awaited, self._steps = awaited, steps
 
     def step(self) -> None:
+        self._steps.inc()
         if not self._awaited():
             raise RuntimeError("nobody waits for it any more")
 
@@ -149,7 +154,7 @@ def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
     threads = ThreadPoolExecutor(limits.in_flight, thread_name_prefix="engine")
 
     def run(items: Sequence[Work], awaited: Callable[[], bool]) -> Sequence[Product]:
-        times, watch = StageTimes(), _Awaited(awaited)
+        times, watch = StageTimes(), _Awaited(awaited, metrics.device_steps)
         try:
             if isinstance(items[0], EncodeJob):
                 streams = engine.encode([item for item in items if isinstance(item, EncodeJob)], times, watch)

@@ -22,7 +22,7 @@ from service import __version__
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _BYTES = tuple(4.0**power for power in range(4, 15))
 _ITEMS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 _BITS_PER_PIXEL = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.3, 1.6, 2.0, 3.0, 5.0, 10.0, 24.0)
@@ -53,6 +53,8 @@ class Metrics:
         self.bitstream_bytes = counter("bitstream_bytes_total", "Bytes of bitstreams.", "operation", "model")
         self.image_bytes = counter("image_bytes_total", "Bytes of image files, in or out.", "operation", "model")
         self.degradations = counter("degradations_total", "Degradations that the encoder reported.", "kind")
+        self.efforts = counter("efforts_total", "Photos compressed, by the effort that was asked for.", "effort")
+        self.device_steps = counter("device_steps_total", "Steps of the transforms; a device at work makes them.")
         self.request_seconds = histogram(
             "http_request_duration_seconds", "From the first byte read to the answer.", _SECONDS, "operation"
         )

@@ -86,6 +86,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                (f"""sum({rate('bitstream_bytes_total', 'operation="compress"')})""", "bitstreams")), signed=True),
         Panel("Degradations", "What the encoder found wrong with the photos; a camera that fogs up shows.", "reqps",
               ((f"sum by (kind) ({rate('degradations_total')})", "{{kind}}"),), True),
+        Panel("Efforts", "Photos by the effort asked for. With 4, one takes a dozen times as long as with 0.", "reqps",
+              ((f"sum by (effort) ({rate('efforts_total')})", "effort {{effort}}"),), True),
     ),
     "Process": (
         Panel("Ready", "1 when the instance answers requests.", "none", ((gauge("ready"), "{{instance}}"),)),

@@ -347,6 +347,7 @@ def test_health_docs_and_metrics(client: TestClient, bikes: Photo) -> None:
 
     before = series()
     sent = client.post("/compress", content=image_bytes(bikes), params={"rate": 2})
+    client.post("/compress", content=image_bytes(bikes[:32, :32]), params={"rate": 3, "effort": 2})
     client.post("/decompress", content=sent.content)
     client.post("/decompress", content=b"nonsense")
     after = series()
@@ -355,15 +356,17 @@ def test_health_docs_and_metrics(client: TestClient, bikes: Photo) -> None:
     def grew(key: str) -> float:
         return after[key] - before.get(key, 0)
 
-    assert grew('limpid_http_requests_total{operation="compress",status="200"}') == 1
+    assert grew('limpid_http_requests_total{operation="compress",status="200"}') == 2
+    assert [grew(f'limpid_efforts_total{{effort="{effort}"}}') for effort in (0, 1, 2)] == [1, 0, 1]
+    assert grew("limpid_device_steps_total") > 3
     assert grew('limpid_http_requests_total{operation="decompress",status="415"}') == 1
     assert grew('limpid_rejected_total{reason="not-a-bitstream"}') == 1
-    assert grew(f'limpid_pixels_total{{model="{name}",operation="compress"}}') == bikes[..., 0].size
-    assert grew(f'limpid_bitstream_bytes_total{{model="{name}",operation="compress"}}') == len(sent.content)
+    assert grew(f'limpid_pixels_total{{model="{name}",operation="compress"}}') == bikes[..., 0].size + 32 * 32
+    assert grew(f'limpid_bitstream_bytes_total{{model="{name}",operation="decompress"}}') == len(sent.content)
     assert grew(f'limpid_bits_per_pixel_count{{model="{name}",rate="2"}}') == 1
-    assert grew('limpid_stage_duration_seconds_count{operation="compress",stage="transform"}') == 1
+    assert grew('limpid_stage_duration_seconds_count{operation="compress",stage="transform"}') == 2
     assert grew('limpid_stage_duration_seconds_count{operation="decompress",stage="image_encode"}') == 1
-    assert grew('limpid_http_request_duration_seconds_count{operation="compress"}') == 1
+    assert grew('limpid_http_request_duration_seconds_count{operation="compress"}') == 2
     assert after["limpid_ready"] == 1
     assert client.get("/nowhere-7f3a").status_code == 404
     assert "nowhere-7f3a" not in client.get("/metrics").text  # a client chooses no label
