@@ -57,8 +57,10 @@ class Goal(TypedDict, total=False):
     effort: int | None
 
 
-async def camera_frames(url: str, every: float) -> AsyncIterator[bytes]:
-    """Frames of a camera without end: parts of an MJPEG stream as they come, or a snapshot every `every` seconds.
+async def camera_frames(url: str, every: float | None) -> AsyncIterator[bytes]:
+    """Frames of a camera without end: parts of an MJPEG stream, or snapshots, at most one in `every` seconds.
+
+    None takes each frame of a stream, and a snapshot a second.
 
     Whatever goes wrong at the camera is logged, and the camera asked again after a second.
     """
@@ -69,19 +71,28 @@ async def camera_frames(url: str, every: float) -> AsyncIterator[bytes]:
                     answer.raise_for_status()
                     kind = answer.headers.get("content-type", "")
                     if kind.startswith("multipart/"):
-                        async for frame in parts(answer.aiter_bytes(), boundary(kind)):
+                        async for frame in thinned(parts(answer.aiter_bytes(), boundary(kind)), every or 0):
                             yield frame
                         log.warning("the camera ended its stream")
                         await asyncio.sleep(1)
                     else:
                         yield await snapshot(answer.aiter_bytes())
-                        await asyncio.sleep(every)
+                        await asyncio.sleep(every or 1)
             except httpx.HTTPStatusError as error:  # whose text has the URL, keys and all
                 log.warning("camera: it answers %d", error.response.status_code)
                 await asyncio.sleep(1)
             except httpx.HTTPError as error:
                 log.warning("camera: %s: %s", type(error).__name__, error)
                 await asyncio.sleep(1)
+
+
+async def thinned(frames: AsyncIterator[bytes], every: float) -> AsyncIterator[bytes]:
+    """Of frames that come by themselves, the first and then each that comes `every` seconds or more after the last."""
+    due = 0.0
+    async for frame in frames:
+        if (now := time.monotonic()) >= due:
+            due = now + every
+            yield frame
 
 
 async def snapshot(chunks: AsyncIterator[bytes]) -> bytes:
@@ -303,20 +314,23 @@ async def _film(url: str, every: float, frames: Path, max_waiting: int) -> None:
             log.error("a frame cannot be kept: %s", error)
 
 
-async def _greet(url: str, limpid: AsyncClient) -> None:
-    """Say at once what a frame would tell only at its deadline: that no service answers there, or not to this key."""
+async def greet(url: str, limpid: AsyncClient, effort: int) -> None:
+    """Say at once what a frame would tell only later: that no service answers there, or not to this key or effort."""
     try:
-        models = (await limpid.variants(policy=Policy(deadline=5, attempts=1)))["models"]
-        log.info("%s serves %s", url, ", ".join(model["name"] for model in models))
+        offered = await limpid.variants(policy=Policy(deadline=5, attempts=1))
     except LimpidError as error:
         log.warning("%s: %s; frames wait for it", url, error)
+        return
+    log.info("%s serves %s", url, ", ".join(model["name"] for model in offered["models"]))
+    if effort > (most := offered.get("max_effort", 0)):
+        log.error("%s allows an effort of %d at most, not %d; frames wait until it does", url, most, effort)
 
 
 async def _main(args: argparse.Namespace, limpid: AsyncClient) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    goal = Goal(rate=args.rate, max_bytes=args.max_bytes, target_bpp=args.target_bpp, effort=args.effort)
+    goal = Goal(rate=args.rate, max_bytes=args.max_bytes, target_bpp=args.target_bpp, effort=args.effort or None)
     async with limpid:
         delete = args.delete or bool(args.camera)
         settle = 0 if args.camera else args.settle  # the camera's frames are written whole
@@ -325,7 +339,7 @@ async def _main(args: argparse.Namespace, limpid: AsyncClient) -> None:
         if args.camera:
             camera = asyncio.create_task(_film(args.camera, args.every, args.frames, args.max_waiting))
             camera.add_done_callback(lambda _: stop.set())  # a gateway that films no more shall end, and be restarted
-        greeting = asyncio.create_task(_greet(args.url, limpid))
+        greeting = asyncio.create_task(greet(args.url, limpid, args.effort))
         await gateway.run(stop)
         greeting.cancel()
         if camera and camera.done():
@@ -348,7 +362,12 @@ def main() -> None:
     )
     size.add_argument("--target-bpp", type=positive(float, MOST_BPP), help="the same in bits per pixel")
     parser.add_argument(
-        "--effort", type=int, choices=range(MOST_EFFORT + 1), metavar=f"0..{MOST_EFFORT}", help="rounds of refinement"
+        "--effort",
+        type=int,
+        choices=range(MOST_EFFORT + 1),
+        default=0,
+        metavar=f"0..{MOST_EFFORT}",
+        help="rounds of refinement",
     )
     parser.add_argument("--settle", type=float, default=2, help="seconds for which a frame of the folder is unchanged")
     parser.add_argument("--deadline", type=positive(float), default=60, help="seconds that a frame may take")
@@ -356,7 +375,9 @@ def main() -> None:
     parser.add_argument(
         "--camera", metavar="URL", help="an MJPEG stream or a JPEG snapshot; its frames are then deleted"
     )
-    parser.add_argument("--every", type=positive(float), default=1.0, help="seconds between snapshots")
+    parser.add_argument(
+        "--every", type=positive(float), help="seconds between frames; else a snapshot a second, or all of a stream"
+    )
     parser.add_argument(
         "--max-waiting", type=positive(int), default=10_000, help="frames of the camera kept while they wait"
     )

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.gateway import Gateway, State, boundary, camera_frames, parts, snapshot
+from deploy.gateway import Gateway, State, boundary, camera_frames, greet, parts, snapshot, thinned
 from service.client import AsyncClient
 from service.codec.bitstream import Bitstream
 from service.engine import Engine, Photo
@@ -288,6 +288,38 @@ def test_a_stream_is_cut_into_its_parts_however_it_arrives(size: int) -> None:
         return [part async for part in parts(chunks(), boundary('multipart/x-mixed-replace; boundary="--x y"'))]
 
     assert asyncio.run(all_parts()) == [b"one", b"two\r\n"]
+
+
+def test_a_stream_can_be_thinned() -> None:
+    async def film() -> AsyncIterator[bytes]:
+        for number in range(8):
+            yield bytes([number])
+            await asyncio.sleep(0.05)
+
+    async def kept(every: float) -> list[int]:
+        return [frame[0] async for frame in thinned(film(), every)]
+
+    assert asyncio.run(kept(0)) == list(range(8))
+    first, *others = asyncio.run(kept(0.17))
+    assert first == 0
+    assert 1 <= len(others) <= 2
+
+
+@pytest.mark.parametrize(("effort", "most"), [(0, 0), (4, 8), (4, 3), (1, None)])
+def test_an_effort_that_the_service_does_not_allow_is_told_at_once(
+    caplog: pytest.LogCaptureFixture, effort: int, most: int | None
+) -> None:
+    offered = {"models": [{"name": "edge-8"}], **({} if most is None else {"max_effort": most})}
+
+    async def work() -> None:
+        answer = httpx.MockTransport(lambda _: httpx.Response(200, json=offered))
+        async with AsyncClient("http://x", transport=answer) as limpid:
+            await greet("http://x", limpid, effort)
+
+    caplog.set_level("INFO")
+    asyncio.run(work())
+    assert "serves edge-8" in caplog.text
+    assert ("allows an effort of" in caplog.text) is (effort > (most or 0))
 
 
 def test_a_stream_that_names_no_boundary_is_not_cut() -> None:
