@@ -113,18 +113,25 @@ def test_effort_is_offered_as_far_as_it_is_allowed(
     browser: playwright.Browser, base: str, bikes: Photo, most: int
 ) -> None:
     page = browser.new_page()
-    page.route("**/variants", lambda route: route.fulfill(json={**route.fetch().json(), "max_effort": most}))
+    page.route("**/variants", lambda route: route.fulfill(status=503))  # it is loading
     page.goto(base)
-    playwright.expect(page.locator("#rate-text")).to_contain_text("bits per pixel")
-    playwright.expect(page.locator("#effort-field")).to_be_visible(visible=most > 0)
+    playwright.expect(page.locator("#effort-text")).to_have_text("none")
+    playwright.expect(page.locator("#effort-field")).to_be_hidden()
+    page.unroute("**/variants")
+    page.route("**/variants", lambda route: route.fulfill(json={**route.fetch().json(), "max_effort": most}))
     upload(page, "a.png", image_bytes(bikes))
     done(page)
+    playwright.expect(page.locator("#rate-text")).to_contain_text("bits per pixel")
+    playwright.expect(page.locator("#effort-field")).to_be_visible(visible=most > 0)
     if most:
         plain = page.inner_text("#fact-stream")
         page.focus("#effort")
         page.keyboard.press("End")
         playwright.expect(page.locator("#effort-text")).to_have_text("3")
         playwright.expect(page.locator("#fact-stream")).not_to_have_text(plain)
+        page.route("**/compress*", lambda route: route.fulfill(status=504, body="too late"))
+        page.keyboard.press("ArrowLeft")
+        playwright.expect(page.locator("#error")).to_have_text("too late. Less effort takes less time.")
     page.close()
 
 

@@ -15,7 +15,8 @@ function say(text) { $("status").textContent = text; }
 
 function complain(error) {
   if (error.name === "AbortError") return;
-  $("error").textContent = error instanceof Refused ? error.message : `This browser cannot open it: ${error.message}`;
+  const hint = error.status === 504 && Number($("effort").value) ? ". Less effort takes less time." : "";
+  $("error").textContent = error instanceof Refused ? error.message + hint : `This browser cannot open it: ${error.message}`;
   $("error").hidden = false;
   $("facts").hidden = $("downloads").hidden = true; // of what came before
   say("");
@@ -66,17 +67,18 @@ function finish(stream, restored) {
   offer("save-photo", restored, `${name}-clean.png`);
   $("downloads").hidden = false;
   say("Done.");
-  if (!bits) foresee(); // the service was loading when the page was opened, say
+  if (!bits) foresee(); // it told nothing until now: it was loading when the page was opened, say
 }
 
 const process = () => photo && run(async signal => {
   const kind = document.querySelector("input[name=worse]:checked").value;
+  const rate = $("rate").value, effort = Number($("effort").value);
   const upload = await worsen(photo, kind, Number($("strength").value), signal);
   const before = await createImageBitmap(upload).catch(() => null); // a TIFF, say: the service can, the browser cannot
   if (signal.aborted) return void before?.close();
   if (before) showPictures(before, null);
-  say(Number($("effort").value) ? "Compressing with effort..." : "Compressing...");
-  const packed = await compress(upload, $("rate").value, $("effort").value, key(), signal);
+  say(effort ? "Compressing with effort..." : "Compressing...");
+  const packed = await compress(upload, rate, effort, key(), signal);
   say("Decompressing...");
   const restored = await decompress(packed.stream, key(), signal);
   const after = await createImageBitmap(restored.photo);
@@ -134,16 +136,19 @@ function showRate() {
 
 async function foresee() {
   const known = await expectations(key());
-  bits = known?.bits;
-  $("effort").max = known?.effort ?? 0;
-  $("effort-field").hidden = !known?.effort;
+  if (known) {
+    bits = known.bits;
+    $("effort").max = known.effort;
+    $("effort-field").hidden = !known.effort;
+  }
   showRate();
   showEffort();
 }
 
 function showEffort() {
-  const effort = Number($("effort").value);
-  $("effort-text").textContent = effort || "none";
+  const effort = $("effort").value, text = Number(effort) ? effort : "none";
+  $("effort-text").textContent = text;
+  $("effort").setAttribute("aria-valuetext", text);
 }
 
 let later;
