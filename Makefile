@@ -32,6 +32,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.bench.speed
 	$(BIN)/python -m tests.bench.latency
 	$(BIN)/python -m tests.bench.growth
+	$(BIN)/python -m tests.bench.effort
 	$(BIN)/python -m tests.bench.gpu
 
 cost: $(VENV)/run.stamp

@@ -186,18 +186,21 @@ def top():
 idle = top()
 photo = read_photo(sys.stdin.buffer.read(), 10**8)
 started = time.perf_counter()
-streams = engine.encode([EncodeJob(photo, 4)])
+model, effort = sys.argv[1], int(sys.argv[2])
+streams = engine.encode([EncodeJob(photo, 4, model or None, effort)])
 middle, encoded = time.perf_counter(), top()
 engine.decode(streams)
 print(json.dumps({"idle_mib": idle, "compress_s": middle - started, "compress_mib": encoded,
-                  "decompress_s": time.perf_counter() - middle, "peak_mib": top()}))
+                  "decompress_s": time.perf_counter() - middle, "peak_mib": top(),
+                  "bytes": len(streams[0].to_bytes())}))
 """
 
 
-def large(height: int, width: int) -> dict[str, float]:
-    """Seconds and peak resident memory, in MiB, of one photo of that size in a process of its own."""
+def large(height: int, width: int, model: str = "", effort: int = 0) -> dict[str, float]:
+    """Seconds and peak resident memory, in MiB, of one photo of that size in a process of its own, at rate point 4."""
     _, photo = upload(height, width)
-    done = subprocess.run([sys.executable, "-c", LARGE], input=photo, check=True, capture_output=True)
+    command = [sys.executable, "-c", LARGE, model, str(effort)]
+    done = subprocess.run(command, input=photo, check=True, capture_output=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return {"megapixels": height * width / 1e6, **found}
 
