@@ -248,6 +248,14 @@ def test_what_effort_saves_was_measured() -> None:
         name = path.name.partition("-effort-")[0]
         for row in effort_table(read_records([path])).splitlines()[2:]:
             assert f"| `{name}` {row}" in told
+    refined, theirs = curves(read_records([RESULTS / "base-2-effort-noise-15.json"])), curves(measured("cascade"))
+    saved = re.search(
+        r"`base-2` takes (\d+)% fewer bits without effort and (\d+)% fewer with effort 4 than a denoiser", told
+    )
+    assert saved
+    for percent, effort in zip(saved.groups(), ("effort-0", "effort-4")):
+        change = bd_rate(refined["kodak", "noise-15", effort], theirs["kodak", "noise-15", "NLM+AVIF"])
+        assert -int(percent) == round(change or 0)
     (with_effort,) = [row for row in told.splitlines() if row.startswith("| `edge-8` | clean | 4 |")]
     within = with_effort.split("|")[4].strip()
     assert f"`edge-8` reaches {float(within):.2f} dB" in (ROOT / "README.md").read_text()
