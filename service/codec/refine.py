@@ -189,7 +189,7 @@ class Refinement:
                 wanted = target[..., _pixels(rows.seen), _pixels(columns.seen)]
                 with torch.set_grad_enabled(sloping):
                     error = self._g_s(y_hat, rate).clamp(0, 1) - wanted  # as the decoder clips it
-                squares += float(error.detach()[..., _pixels(rows.inner), _pixels(columns.inner)].square().sum())
+                squares += float(error.detach()[..., _pixels(rows.within), _pixels(columns.within)].square().sum())
                 if probe:
                     # Hutchinson's estimate: random signs, sent back through g_s, square to the diagonal of J^T J.
                     signs = torch.empty_like(error).bernoulli_(0.5, generator=_generator(error.device)).mul_(2).sub_(1)

@@ -228,3 +228,21 @@ def test_the_probe_finds_the_curvature_of_each_channel(monkeypatch: pytest.Monke
     assert not gradient.any()
     exact = weight.square().sum((0, 2)) / target.numel()
     assert torch.allclose(probed[0, :, 0, 0], exact, rtol=0.1)
+
+
+def test_error_and_gradient_of_windows_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    y, target = torch.randn(1, 3, 40, 70), torch.rand(1, 3, 640, 1120)
+
+    def repeated(y: Tensor, _: Tensor) -> Tensor:
+        return 0.5 + 0.3 * y.repeat_interleave(16, 2).repeat_interleave(16, 3)
+
+    at = Rounded(y, y, y, y > 0)
+    monkeypatch.setattr(refine, "_WINDOW", 24)
+    distortion, gradient, _ = Refinement(repeated)._look(at, target, torch.tensor([0]), lambda: None)
+    own = y.clone().requires_grad_()
+    whole = (repeated(own, own).clamp(0, 1) - target).square().mean()
+    assert distortion == pytest.approx(float(whole), rel=1e-5)
+    clipped = (repeated(y, y) - 0.5).abs() > 0.5
+    assert clipped.any()
+    assert torch.allclose(gradient, torch.autograd.grad(whole, own)[0], rtol=1e-3, atol=1e-9)
