@@ -302,7 +302,7 @@ class Gateway:
         return False
 
 
-async def _film(url: str, every: float, frames: Path, max_waiting: int) -> None:
+async def _film(url: str, every: float | None, frames: Path, max_waiting: int) -> None:
     """Put the camera's frames into the folder, named by the time; beyond `max_waiting` of them new ones are dropped."""
     async for frame in camera_frames(url, every):
         try:

@@ -254,7 +254,7 @@ class ShippedCodec:
     def _restored(self, y: Tensor, rate: Tensor, x: Tensor) -> Tensor:
         """x without its flaws, as well as g_s can tell, at this rate point or at `GUIDE`. y: its latents."""
         guide = rate.clamp(min=GUIDE)
-        again = bool((guide != rate).any())
+        again = bool(guide != rate)
         self._watch.more(self.steps * (1 + again))
         return self.synthesise(self.g_a(x, guide) if again else y, guide)
 

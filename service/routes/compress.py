@@ -22,7 +22,7 @@ router = APIRouter()
 UNKNOWN = "unknown"
 """The degradation of a photo on which the model has no opinion."""
 
-ROUND = 4
+LOOK = 4
 """How many compressions without it one look at refined latents takes as long as, about; N rounds take N + 1 looks."""
 
 
@@ -99,6 +99,6 @@ async def _encode(call: Exchange, job: EncodeJob, begun: bool) -> Bitstream:
     height, width = job.photo.shape[:2]
     key = ("compress", job.model, (*latent_size(height, width), job.effort))
     looks = job.effort + 1 if job.effort else 0
-    pixels = padded_pixels(height, width) * (1 + ROUND * looks)  # so that a batch is done in time
+    pixels = padded_pixels(height, width) * (1 + LOOK * looks)  # so that a batch is done in time
     stream = await call.submit(job, key, pixels=pixels, bytes=job.photo.nbytes, begun=begun)
     return cast(Bitstream, stream)

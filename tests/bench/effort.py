@@ -1,6 +1,6 @@
 """`python -m tests.bench.effort`: the time and memory that refinement takes, by model, effort and size of a photo.
 
-Each photo has a process of its own, and is noisy and JPEG, so that it is refined. Prints a table and writes JSON. A
+Each photo has a process of its own; the report calls it clean, so it is refined. Prints a table and writes JSON. A
 benchmark, not a test: nothing here passes or fails.
 """
 

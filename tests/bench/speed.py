@@ -185,8 +185,8 @@ def top():
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
 idle = top()
 photo = read_photo(sys.stdin.buffer.read(), 10**8)
-started = time.perf_counter()
 model, effort = sys.argv[1], int(sys.argv[2])
+started = time.perf_counter()
 streams = engine.encode([EncodeJob(photo, 4, model or None, effort)])
 middle, encoded = time.perf_counter(), top()
 engine.decode(streams)
