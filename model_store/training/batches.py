@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from model_store.degradations import TRAINING, Kind, degrade_measured
-from model_store.training.photos import PhotoPool, tone_jittered
+from model_store.training.photos import tone_jittered
 from service.codec.config import RATE_POINTS
 
 KIND_SHARES: dict[Kind, float] = {
@@ -27,6 +28,14 @@ KIND_SHARES: dict[Kind, float] = {
 
 UPLOAD_JPEG = 0.1
 """Share of the degraded photos that arrive as JPEG besides, as gateways send them."""
+
+
+class Pool(Protocol):
+    """Where clean pictures come from."""
+
+    def crops(self, count: int, size: int, generator: torch.Generator) -> Tensor:
+        """(count, 3, size, size) float32 in [0, 1]. `generator` is a CPU one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Batches:
     """
 
     def __init__(
-        self, pool: PhotoPool, size: int, crop: int, device: torch.device, seed: int,
+        self, pool: Pool, size: int, crop: int, device: torch.device, seed: int,
         shares: Mapping[Kind, float] = KIND_SHARES, one_kind: bool = False,
     ) -> None:  # fmt: skip
         self.pool, self.size, self.crop, self.device = pool, size, crop, device
