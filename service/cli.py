@@ -48,7 +48,10 @@ def _serve(args: argparse.Namespace, _: Settings) -> int:
 def _codec(args: argparse.Namespace, settings: Settings) -> Client | Local:
     """The codec that the arguments choose: a server's with `--url`, else this machine's."""
     if args.url:
-        return Client(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), Policy(deadline=args.deadline))
+        policy = Policy(deadline=args.deadline) if args.deadline else Policy()
+        return Client(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), policy)
+    if args.deadline or args.api_key:
+        raise ValueError("expected --deadline and --api-key only with --url")
     from service.local import Local
 
     return Local(settings)
@@ -263,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     remote = argparse.ArgumentParser(add_help=False)
     remote.add_argument("--url", help="use the server there, not this machine")
     remote.add_argument("--api-key", help="for the server, else LIMPID_API_KEY")
-    remote.add_argument("--deadline", type=positive(float), default=60, help="seconds that the server has for a file")
+    remote.add_argument("--deadline", type=positive(float), help="seconds that the server has for a file, 60 by default")
     compress = commands.add_parser("compress", help="photos to bitstreams", parents=[files, remote])
     size = compress.add_mutually_exclusive_group()
     size.add_argument("--rate", type=int, choices=range(1, 9), metavar="1..8", help="rate point, 4 by default")
