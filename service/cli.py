@@ -266,7 +266,9 @@ def _parser() -> argparse.ArgumentParser:
     remote = argparse.ArgumentParser(add_help=False)
     remote.add_argument("--url", help="use the server there, not this machine")
     remote.add_argument("--api-key", help="for the server, else LIMPID_API_KEY")
-    remote.add_argument("--deadline", type=positive(float), help="seconds that the server has for a file, 60 by default")
+    remote.add_argument(
+        "--deadline", type=positive(float), help="seconds that the server has for a file, 60 by default"
+    )
     compress = commands.add_parser("compress", help="photos to bitstreams", parents=[files, remote])
     size = compress.add_mutually_exclusive_group()
     size.add_argument("--rate", type=int, choices=range(1, 9), metavar="1..8", help="rate point, 4 by default")

@@ -33,6 +33,7 @@ SHORTER = (
     ("--minutes 120", "--minutes 0.03 --no-compile --crop 64"),
     ("--minutes 60 --crop 224", "--minutes 0.03 --no-compile --crop 64"),
     ("--minutes 40", "--minutes 0.03 --no-compile --crop 64"),
+    ("--minutes 30", "--minutes 0.03 --crop 64"),
     ("--minutes 10", "--minutes 0.03"),
     ("--keep-default --photos photos", "--keep-default --photos photos --batches 2"),
     ("timeout 20 python", "python"),

@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from model_store.degradations import Kind
+
+DRAWN_SHARES = {Kind.CLEAN: 0.7, Kind.NOISE: 0.12, Kind.SENSOR_NOISE: 0.06, Kind.JPEG: 0.12}
+"""What is wrong with drawn pictures: of a plain one nobody can tell whether there is fog before it."""
+
 Colour = tuple[int, int, int]
 _Levels = NDArray[np.float64]
 

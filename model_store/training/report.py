@@ -1,9 +1,9 @@
 """`python -m model_store.training.report`: train the degradation report of a run's checkpoint.
 
-The encoder is frozen and runs as it will in the service; only the head learns, from the same batches as the codec. What
-the encoder sees is kept, since seeing takes forty times as long as learning from it: a head learns from it many
-times (experience replay, Lin 1992). The result lies beside the checkpoint, where `model_store.training.export` takes it
-up.
+The encoder is frozen and runs as it will in the service; only the head learns, from the same photos as the codec and
+from drawn pictures: plain grey is no haze. What the encoder sees is kept, since seeing takes forty times as long as
+learning from it: a head learns from it many times (experience replay, Lin 1992). The result lies beside the checkpoint,
+where `model_store.training.export` takes it up.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model_store.degradations import Kind
-from model_store.training.batches import Batch, Batches
+from model_store.training.batches import Batches
+from model_store.training.drawings import DRAWN_SHARES, Drawings
 from model_store.training.photos import PhotoPool
 from model_store.training.schedule import decay
 from model_store.training.weights import config_of, read_weights
@@ -53,6 +54,9 @@ REPORTED_AS = {
 
 REPORT_SHARES = {Kind.CLEAN: 0.2, **dict.fromkeys(REPORTED_AS, 0.085)}
 """How often each kind is drawn alone, more evenly than for the codec: what is rare would hardly ever be named."""
+
+_DRAWN_EVERY = 8
+"""One batch of so many is of pictures that are no photographs."""
 
 _KEPT, _REPLAYS = 384, 16
 """Batches that are kept (6.4 MB each for `base`), and how many of them are learned from for every new one."""
@@ -138,22 +142,23 @@ def train_report(
     model.load_state_dict(weights)
     g_a = model.g_a.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     speed_up(g_a, getattr(torch, transform_precision(device)))
-    batches: Iterator[Batch] = iter(Batches(PhotoPool(photos, crop, device), batch, crop, device, seed, REPORT_SHARES))
+    seen = iter(Batches(PhotoPool(photos, crop, device), batch, crop, device, seed, REPORT_SHARES))
+    drawn = iter(Batches(Drawings(device), batch, crop, device, seed + 2, DRAWN_SHARES))
     torch.manual_seed(seed)
-    path, first = checkpoint.with_name(REPORT_FILE), next(batches)
+    path, first = checkpoint.with_name(REPORT_FILE), next(seen)
     if path.exists():
         head = read_report(path, model.config).to(device)
     else:
         head = ReportHead(model.config).to(device)
-        seen = _seen(g_a, first.clean, first.rate)
-        head.deviation.copy_(torch.stack([x.std((0, 2, 3)) for x in seen]).clamp_min(1e-4))
+        levels = _seen(g_a, first.clean, first.rate)
+        head.deviation.copy_(torch.stack([x.std((0, 2, 3)) for x in levels]).clamp_min(1e-4))
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.01)
     bar = tqdm(total=round(60 * minutes), unit="s", mininterval=5)
     lessons: deque[Lesson] = deque(maxlen=_KEPT)
     start, step, mean = time.monotonic(), 0, 0.0
     while (seconds := time.monotonic() - start) < 60 * minutes:
         optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 50, decay(seconds / (60 * minutes)))
-        data = next(batches)
+        data = next(drawn if step % _DRAWN_EVERY == 0 else seen)
         features = [x.half() for x in _seen(g_a, data.degraded, data.rate)]
         lessons.append(Lesson(features, *(one.to(device) for one in targets(data.added_mse))))
         loss = learn(head, optimizer, lessons[-1])

@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model_store.degradations import Kind
 from model_store.training.batches import Batches
-from model_store.training.drawings import Drawings
+from model_store.training.drawings import DRAWN_SHARES, Drawings
 from model_store.training.photos import PhotoPool, check_crop
 from model_store.training.schedule import Schedule
 from model_store.training.step import Ema, costs
@@ -32,9 +31,6 @@ from service.codec.model import TrainableCodec
 
 HOLD = 50.0
 """Weight of `held` beside the logarithm of what drawn pictures cost."""
-
-DRAWN_SHARES = {Kind.CLEAN: 0.7, Kind.NOISE: 0.12, Kind.SENSOR_NOISE: 0.06, Kind.JPEG: 0.12}
-"""What is wrong with drawn pictures: of a plain one nobody can tell whether there is fog before it."""
 
 _DRAWN_SIDES = (64, 128, 224, 320)
 _DRAWN_PIXELS = 2 * 224**2
