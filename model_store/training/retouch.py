@@ -1,10 +1,11 @@
-"""`python -m model_store.training.retouch`: teach a trained encoder pictures that are no photographs.
+"""`python -m model_store.training.retouch`: teach a trained encoder something more without unlearning the rest.
 
-A model that learned from photographs alone takes plain grey for fog and brightens it to white. Here g_a learns drawn
-pictures through everything else at rest, while on photographs, whatever is wrong with them, it is held to the latents
-that it made before (knowledge distillation as in Li & Hoiem, "Learning without forgetting", ECCV 2016). So the decoder,
-the entropy model and what is known of the model on photographs stay as they are, as far as `held`, the mean squared
-distance of the latents in steps, says: rounding alone changes them by up to 0.08.
+A model that learned from photographs alone takes plain grey for fog and brightens it to white, and a stage that draws
+one kind of damage more often loses others. Here g_a learns drawn pictures, and kinds of damage if asked, through
+everything else at rest, while on photographs of all other kinds it is held to the latents that it made before
+(knowledge distillation as in Li & Hoiem, "Learning without forgetting", ECCV 2016). So the decoder, the entropy model
+and what is known of the model on those stay as they are, as far as `held`, the mean squared distance of the latents in
+steps, says: rounding alone changes them by up to 0.08.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import copy
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from model_store.training.batches import Batches
+from model_store.degradations import Kind
+from model_store.training.batches import KIND_SHARES, Batches
 from model_store.training.drawings import DRAWN_SHARES, Drawings
 from model_store.training.photos import PhotoPool, check_crop
 from model_store.training.schedule import Schedule
@@ -30,18 +33,21 @@ from service.codec.device import pick_device
 from service.codec.model import TrainableCodec
 
 HOLD = 50.0
-"""Weight of `held` beside the logarithm of what drawn pictures cost."""
+"""Weight of `held` beside the logarithm of what is learned costs."""
+
+_DRAWN_EVERY = 3
+"""One step of so many learns drawn pictures where there are kinds of damage to learn."""
 
 _DRAWN_SIDES = (64, 128, 224, 320)
 _DRAWN_PIXELS = 2 * 224**2
 
 _ENOUGH = 0.1
-"""Bits per pixel of lambda D + R below which a drawn picture is good enough: plain ones come to 0.02."""
+"""Bits per pixel of lambda D + R below which a picture is good enough: plain ones come to 0.02."""
 
 _SAVE_SECONDS, _LOG_EVERY = 180, 25
 
-_FIGURES = ("drawn", "held", "grad_norm")
-"""Of so many steps, means: the logarithm of what drawn pictures cost, the distance of latents, the gradient's norm."""
+_FIGURES = ("learned", "held", "grad_norm")
+"""Of so many steps, means: the logarithm of what is learned costs, the distance of latents, the gradient's norm."""
 
 
 def retouch(
@@ -51,6 +57,7 @@ def retouch(
     *,
     size: str,
     minutes: float,
+    learn: Sequence[Kind] = (),
     lr: float = 1e-4,
     batch: int = 4,
     crop: int = 224,
@@ -60,6 +67,7 @@ def retouch(
 
     Args:
         start_from: weights of a run, of this size, and what photographs are held to.
+        learn: kinds of damage to learn besides drawn pictures, each as often as the others.
         batch, crop: of the photographs of a step; the drawn pictures beside them have half as many pixels.
 
     Raises:
@@ -75,7 +83,9 @@ def retouch(
     before = copy.deepcopy(model.g_a)
     optimizer = torch.optim.Adam(model.g_a.requires_grad_(True).parameters(), lr=lr, betas=(0.9, 0.98))
     pool, ema = PhotoPool(photos, crop, where), Ema(model)
-    seen = iter(Batches(pool, batch, crop, where, seed))
+    known = {kind: share for kind, share in KIND_SHARES.items() if kind not in learn}
+    photographs = iter(Batches(pool, batch, crop, where, seed, known))
+    damaged = iter(Batches(pool, batch, crop, where, seed + 4, dict.fromkeys(learn, 1 / max(1, len(learn)))))
     drawings = Batches(Drawings(where), 1, crop, where, seed + 2, DRAWN_SHARES)
     drawn = iter(drawings)
     schedule = Schedule(minutes, lr, 0.0, 0.3)
@@ -83,7 +93,8 @@ def retouch(
 
     def save() -> None:
         record = {"batch": batch, "crop": crop, "seed": seed, "photos": len(pool.photos), "device": str(where),
-                  "only": "g_a", "retouched": start_from.name, "minutes": minutes, "lr": lr}  # fmt: skip
+                  "only": "g_a", "retouched": start_from.name, "learn": [kind.value for kind in learn],
+                  "minutes": minutes, "lr": lr}  # fmt: skip
         write_mixed({"size": size, "step": step, "seconds": seconds, "record": record}, ema.mean, output)
 
     bar = tqdm(total=round(60 * minutes), unit="s", mininterval=5)
@@ -95,7 +106,8 @@ def retouch(
             optimizer.param_groups[0]["lr"] = lr * schedule.factor(seconds, step)
             drawings.crop = _DRAWN_SIDES[int(torch.randint(len(_DRAWN_SIDES), ()))]
             drawings.size = min(8, max(1, _DRAWN_PIXELS // drawings.crop**2))
-            picture, photo = next(drawn), next(seen)
+            picture = next(damaged if learn and step % _DRAWN_EVERY else drawn)
+            photo = next(photographs)
             cost = costs(model(picture.degraded, picture.rate), picture.clean, picture.rate)[0]
             with torch.no_grad():
                 wanted = before(photo.degraded, photo.rate)
@@ -130,6 +142,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs, searched recursively")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint.pt that it becomes")
     parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--learn", nargs="+", type=Kind, default=[], metavar="KIND", help="of damage, besides drawings")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--crop", type=int, default=224)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from model_store.degradations import Kind
 from model_store.training import retouch
 from model_store.training.drawings import Drawings
 from model_store.training.weights import keep_weights, read_weights
@@ -60,7 +61,16 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def retouched(start: Path, photos: Path, run: Path) -> tuple[dict[str, torch.Tensor], float]:
     """The weights after some steps of a high rate, and how far the latents of photographs moved at last."""
     output = retouch.retouch(
-        start, photos, run / "checkpoint.pt", size="tiny", minutes=0.3, lr=3e-3, batch=2, crop=64, seed=1
+        start,
+        photos,
+        run / "checkpoint.pt",
+        size="tiny",
+        minutes=0.3,
+        learn=[Kind.RAIN],
+        lr=3e-3,
+        batch=2,
+        crop=64,
+        seed=1,
     )
     lines = [json.loads(line) for line in (run / "retouch.jsonl").read_text().splitlines()]
     return read_weights(output), lines[-1]["held"]
