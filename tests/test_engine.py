@@ -12,7 +12,7 @@ import torch
 
 from model_store.images import psnr
 from service.codec import shipped
-from service.codec.bitstream import Bitstream
+from service.codec.bitstream import Bitstream, DegradationKind
 from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, Photo, UnknownModel
 from service.errors import OUT_OF_MEMORY, problem_of
@@ -69,6 +69,20 @@ def test_noise_goes_away(engine: Engine, name: str, request: pytest.FixtureReque
     (stream,) = engine.encode([EncodeJob(degraded, 5)])
     (back,) = engine.decode([stream])
     assert psnr(back, clean) > psnr(degraded, clean) + 3
+
+
+@pytest.mark.parametrize("model", [None, "base-3"])
+@pytest.mark.parametrize("side", [32, 64, 256])
+def test_plain_grey_is_no_fog(engine: Engine, model: str | None, side: int) -> None:
+    """Models that had learned from photographs alone brightened it by up to 138 levels."""
+    greys = [0, 48, 96, 112, 128, 144, 160, 192, 255]
+    rates = [1, 4, 8]
+    jobs = [EncodeJob(np.full((side, side, 3), grey, np.uint8), rate, model) for grey in greys for rate in rates]
+    streams = engine.encode(jobs)
+    for job, stream, back in zip(jobs, streams, engine.decode(streams)):
+        grey = int(job.photo[0, 0, 0])
+        assert abs(back.mean() - grey) < 6, (grey, job.rate)
+        assert not {kind for kind in stream.degradations if kind.kind is DegradationKind.HAZE}, (grey, job.rate)
 
 
 def test_wrong_jobs_are_named(engine: Engine, parrots: Photo) -> None:

@@ -38,8 +38,8 @@ HOLD = 50.0
 _DRAWN_EVERY = 3
 """One step of so many learns drawn pictures where there are kinds of damage to learn."""
 
-_DRAWN_SIDES = (64, 128, 224, 320)
-_DRAWN_PIXELS = 2 * 224**2
+_DRAWN_SIDES, _DRAWN_PIXELS = (64, 128, 224, 320), 2 * 224**2
+"""Of drawn pictures, and of a batch of them: attention across channels sees all of a picture, so its size matters."""
 
 _ENOUGH = 0.1
 """Bits per pixel of lambda D + R below which a picture is good enough: plain ones come to 0.02."""
@@ -68,7 +68,7 @@ def retouch(
     Args:
         start_from: weights of a run, of this size, and what photographs are held to.
         learn: kinds of damage to learn besides drawn pictures, each as often as the others.
-        batch, crop: of the photographs of a step; the drawn pictures beside them have half as many pixels.
+        batch, crop: of the photographs of a step; drawn pictures have about 100,000 pixels a batch, whatever these are.
 
     Raises:
         ValueError: no usable photos, or a crop that is no multiple of 16.
