@@ -50,8 +50,9 @@ def _codec(args: argparse.Namespace, settings: Settings) -> Client | Local:
     if args.url:
         policy = Policy(deadline=args.deadline) if args.deadline else Policy()
         return Client(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), policy)
-    if args.deadline or args.api_key:
-        raise ValueError("expected --deadline and --api-key only with --url")
+    for option, value in (("--deadline", args.deadline), ("--api-key", args.api_key)):
+        if value:
+            raise ValueError(f"expected {option} only with --url")
     from service.local import Local
 
     return Local(settings)

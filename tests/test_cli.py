@@ -198,7 +198,8 @@ def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: Lines) -> None
     for args, words in (
         (["compress", photo], "expected an image"),
         (["compress", str(tmp_path / "empty")], "empty"),
-        (["compress", photo, "--deadline", "5"], "only with --url"),
+        (["compress", photo, "--deadline", "5"], "expected --deadline only with --url"),
+        (["decompress", stream, "--api-key", "k"], "expected --api-key only with --url"),
         (["compress", "-", photo], "standard input"),
         (["decompress", photo, "-o", f"{out}.png"], "expected a Limpid bitstream"),
         (["decompress", str(tmp_path / "missing"), "-o", f"{out}.png"], "missing"),

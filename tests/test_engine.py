@@ -71,18 +71,19 @@ def test_noise_goes_away(engine: Engine, name: str, request: pytest.FixtureReque
     assert psnr(back, clean) > psnr(degraded, clean) + 3
 
 
-@pytest.mark.parametrize("model", [None, "base-3"])
-@pytest.mark.parametrize("side", [32, 64, 256])
-def test_plain_grey_is_no_fog(engine: Engine, model: str | None, side: int) -> None:
+@pytest.mark.parametrize("size", [(32, 32), (72, 200), (256, 256)])
+def test_plain_grey_is_no_fog(engine: Engine, size: tuple[int, int]) -> None:
     """Models that had learned from photographs alone brightened it by up to 138 levels."""
     greys = [0, 48, 96, 112, 128, 144, 160, 192, 255]
-    rates = [1, 4, 8]
-    jobs = [EncodeJob(np.full((side, side, 3), grey, np.uint8), rate, model) for grey in greys for rate in rates]
+    jobs = [EncodeJob(np.full((*size, 3), grey, np.uint8), rate) for grey in greys for rate in (1, 4, 8)]
     streams = engine.encode(jobs)
     for job, stream, back in zip(jobs, streams, engine.decode(streams)):
         grey = int(job.photo[0, 0, 0])
-        assert abs(back.mean() - grey) < 6, (grey, job.rate)
-        assert not {kind for kind in stream.degradations if kind.kind is DegradationKind.HAZE}, (grey, job.rate)
+        assert np.abs(back.mean((0, 1)) - grey).max() < 6, (grey, job.rate)
+        assert np.abs(back.astype(int) - grey).max() < 24, (grey, job.rate)
+        kinds = {found.kind for found in stream.degradations}
+        assert DegradationKind.HAZE not in kinds, (grey, job.rate)
+        assert grey < 96 or DegradationKind.LOW_LIGHT not in kinds, (grey, job.rate)
 
 
 def test_wrong_jobs_are_named(engine: Engine, parrots: Photo) -> None:

@@ -50,7 +50,8 @@ class Batch:
 
 
 class Batches:
-    """Endless batches; all randomness comes from two generators whose state a checkpoint keeps.
+    """Endless batches; all randomness comes from two generators whose state a checkpoint keeps. `size` and `crop` may
+    change between batches.
 
     Args:
         one_kind: per batch. A hazy photo's gradient is 13 times as long as a clean one's; of both in one batch,

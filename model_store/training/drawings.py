@@ -108,7 +108,7 @@ def _shapes(on: ImageDraw.ImageDraw, size: int, colour: _Levels, draw: np.random
 
 
 def _grid(on: ImageDraw.ImageDraw, size: int, colour: _Levels, draw: np.random.Generator) -> None:
-    """Lines across, or across and down, or a bar chart."""
+    """Lines down, down and across, or a bar chart."""
     fill, step = _as_colour(_other(colour, draw)), int(draw.integers(8, 65))
     width, style = int(draw.integers(1, 4)), draw.integers(3)
     for at in range(int(draw.integers(step)), size, step):

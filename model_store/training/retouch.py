@@ -3,9 +3,9 @@
 A model that learned from photographs alone takes plain grey for fog and brightens it to white, and a stage that draws
 one kind of damage more often loses others. Here g_a learns drawn pictures, and kinds of damage if asked, through
 everything else at rest, while on photographs of all other kinds it is held to the latents that it made before
-(knowledge distillation as in Li & Hoiem, "Learning without forgetting", ECCV 2016). So the decoder, the entropy model
-and what is known of the model on those stay as they are, as far as `held`, the mean squared distance of the latents in
-steps, says: rounding alone changes them by up to 0.08.
+(knowledge distillation as in Li & Hoiem, "Learning without forgetting", ECCV 2016). So the decoder and the entropy
+model stay as they are, and nearly so what is known of the model on those kinds. How far its latents moved there is
+logged as `held`, a mean squared distance in steps; rounding alone makes 1/12.
 """
 
 from __future__ import annotations
@@ -33,16 +33,21 @@ from service.codec.device import pick_device
 from service.codec.model import TrainableCodec
 
 HOLD = 50.0
-"""Weight of `held` beside the logarithm of what is learned costs."""
+"""Weight of `held` beside the logarithm of what the pictures to learn cost."""
+
+LEARNABLE = tuple(kind for kind in KIND_SHARES if kind not in (Kind.CLEAN, Kind.JPEG))
+"""Clean photographs are held; JPEG's damage lies on a tenth of all."""
 
 _DRAWN_EVERY = 3
-"""One step of so many learns drawn pictures where there are kinds of damage to learn."""
+"""One step of so many learns from drawn pictures where there are kinds of damage to learn."""
 
 _DRAWN_SIDES, _DRAWN_PIXELS = (64, 128, 224, 320), 2 * 224**2
-"""Of drawn pictures, and of a batch of them: attention across channels sees all of a picture, so its size matters."""
+"""Sides of drawn pictures (attention sees all of a picture, so its size matters) and most pixels of a batch of them."""
 
 _ENOUGH = 0.1
 """Bits per pixel of lambda D + R below which a picture is good enough: plain ones come to 0.02."""
+
+_MOST_DRAWN = 8
 
 _SAVE_SECONDS, _LOG_EVERY = 180, 25
 
@@ -67,13 +72,19 @@ def retouch(
 
     Args:
         start_from: weights of a run, of this size, and what photographs are held to.
-        learn: kinds of damage to learn besides drawn pictures, each as often as the others.
-        batch, crop: of the photographs of a step; drawn pictures have about 100,000 pixels a batch, whatever these are.
+        learn: of `LEARNABLE`, besides drawn pictures, each as often as the others.
+        batch, crop: of the photographs of a step; drawn pictures have up to 100,000 pixels a batch, whatever these are.
 
     Raises:
-        ValueError: no usable photos, or a crop that is no multiple of 16.
+        ValueError: no usable photos, a crop that is no multiple of 16, kinds that cannot be learned or too many to hold
+            others, or an output that is what it starts from.
     """
     check_crop(crop)
+    learn = tuple(dict.fromkeys(learn))
+    if not set(learn) <= set(LEARNABLE) or len(learn) > len(LEARNABLE) - 2:
+        raise ValueError(f"expected kinds of {', '.join(LEARNABLE)}, not nearly all, got {', '.join(learn)}")
+    if output.resolve() == start_from.resolve():
+        raise ValueError(f"expected another output than {start_from}, which photographs are held to")
     where = pick_device("auto")
     seed = secrets.randbelow(2**31) if seed is None else seed
     torch.manual_seed(seed)
@@ -83,29 +94,34 @@ def retouch(
     before = copy.deepcopy(model.g_a)
     optimizer = torch.optim.Adam(model.g_a.requires_grad_(True).parameters(), lr=lr, betas=(0.9, 0.98))
     pool, ema = PhotoPool(photos, crop, where), Ema(model)
-    known = {kind: share for kind, share in KIND_SHARES.items() if kind not in learn}
-    photographs = iter(Batches(pool, batch, crop, where, seed, known))
-    damaged = iter(Batches(pool, batch, crop, where, seed + 4, dict.fromkeys(learn, 1 / max(1, len(learn)))))
+    others = {kind: share for kind, share in KIND_SHARES.items() if kind not in learn}
+    scale = sum(KIND_SHARES.values()) / sum(others.values())  # mixtures stay as rare as they were
+    held_to = {kind: share * scale for kind, share in others.items()}
+    photographs = iter(Batches(pool, batch, crop, where, seed, held_to))
+    wrong = dict.fromkeys(learn, 1 / max(1, len(learn)))
+    damaged = iter(Batches(pool, batch, crop, where, seed + 4, wrong, one_kind=True))
     drawings = Batches(Drawings(where), 1, crop, where, seed + 2, DRAWN_SHARES)
     drawn = iter(drawings)
     schedule = Schedule(minutes, lr, 0.0, 0.3)
     output.parent.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
-        record = {"batch": batch, "crop": crop, "seed": seed, "photos": len(pool.photos), "device": str(where),
-                  "only": "g_a", "retouched": start_from.name, "learn": [kind.value for kind in learn],
-                  "minutes": minutes, "lr": lr}  # fmt: skip
+        record = {
+            "batch": batch, "crop": crop, "seed": seed, "photos": len(pool.photos), "device": str(where),
+            "only": "g_a", "retouched": f"{start_from.parent.name}/{start_from.name}",
+            "learn": [kind.value for kind in learn], "minutes": minutes, "lr": lr,
+        }  # fmt: skip
         write_mixed({"size": size, "step": step, "seconds": seconds, "record": record}, ema.mean, output)
 
     bar = tqdm(total=round(60 * minutes), unit="s", mininterval=5)
     start = saved = time.monotonic()
     step, seconds, sums = 0, 0.0, torch.zeros(3)
     model.train()
-    with output.with_name("retouch.jsonl").open("a") as log:
+    with output.with_name("retouch.jsonl").open("w") as log:
         while seconds < 60 * minutes:
             optimizer.param_groups[0]["lr"] = lr * schedule.factor(seconds, step)
             drawings.crop = _DRAWN_SIDES[int(torch.randint(len(_DRAWN_SIDES), ()))]
-            drawings.size = min(8, max(1, _DRAWN_PIXELS // drawings.crop**2))
+            drawings.size = min(_MOST_DRAWN, max(1, _DRAWN_PIXELS // drawings.crop**2))
             picture = next(damaged if learn and step % _DRAWN_EVERY else drawn)
             photo = next(photographs)
             cost = costs(model(picture.degraded, picture.rate), picture.clean, picture.rate)[0]
@@ -115,8 +131,9 @@ def retouch(
             loss = (cost + _ENOUGH).log().mean() + HOLD * held
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.g_a.parameters(), 1.0, error_if_nonfinite=True)
-            optimizer.step()
+            norm = torch.nn.utils.clip_grad_norm_(model.g_a.parameters(), 1.0)
+            if norm.isfinite():
+                optimizer.step()
             ema.update(step)
             step, seconds = step + 1, time.monotonic() - start
             sums += torch.stack([cost.detach().log().mean(), held.detach(), norm]).cpu()
@@ -142,13 +159,13 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs, searched recursively")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint.pt that it becomes")
     parser.add_argument("--minutes", type=float, default=40)
-    parser.add_argument("--learn", nargs="+", type=Kind, default=[], metavar="KIND", help="of damage, besides drawings")
+    parser.add_argument("--learn", nargs="+", choices=[*LEARNABLE], default=[], help="besides drawn pictures")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--crop", type=int, default=224)
     parser.add_argument("--seed", type=int)
     args = parser.parse_args()
-    print(retouch(**vars(args)))
+    print(retouch(**{**vars(args), "learn": [Kind(name) for name in args.learn]}))
 
 
 if __name__ == "__main__":

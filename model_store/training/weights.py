@@ -53,8 +53,10 @@ def write_mixed(state: Mapping[str, Any], weights: Mapping[str, Tensor], output:
     low, high = LAMBDA_RANGE
     record = {**state["record"], "lambda_low": low, "lambda_high": high, **told}
     output.parent.mkdir(parents=True, exist_ok=True)
+    new = output.with_suffix(".new")
     torch.save({"size": state["size"], "model": weights, "ema": weights, "step": state["step"],
-                "seconds": state["seconds"], "record": record}, output)  # fmt: skip
+                "seconds": state["seconds"], "record": record}, new)  # fmt: skip
+    new.replace(output)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

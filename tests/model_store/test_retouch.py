@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from model_store.degradations import Kind
 from model_store.training import retouch
-from model_store.training.drawings import Drawings
-from model_store.training.weights import keep_weights, read_weights
+from model_store.training.batches import KIND_SHARES, Batches
+from model_store.training.drawings import DRAWN_SHARES, Drawings
+from model_store.training.weights import weights_to_start_from
 from service.codec.config import CONFIGS, LAMBDA_RANGE
 from service.codec.model import TrainableCodec
 from tests.codec.test_model import TINY
@@ -44,47 +47,61 @@ def test_drawings_are_drawn_again_from_the_same_seed_and_differ() -> None:
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Weights of a tiny model, and a clock whose seconds are steps."""
+    """Weights of a tiny model, and a clock of two ticks a step."""
     monkeypatch.setitem(CONFIGS, "tiny", TINY)
     ticks = iter(range(10**6))
     monkeypatch.setattr(retouch, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     monkeypatch.setattr(retouch, "_LOG_EVERY", 2)
     torch.manual_seed(0)
     path = tmp_path / "start.pt"
-    torch.save(
-        {"ema": TrainableCodec(TINY).state_dict(), "record": dict(zip(("lambda_low", "lambda_high"), LAMBDA_RANGE))},
-        path,
-    )
+    weights, record = TrainableCodec(TINY).state_dict(), dict(zip(("lambda_low", "lambda_high"), LAMBDA_RANGE))
+    torch.save({"ema": weights, "record": record}, path)
     return path
 
 
-def retouched(start: Path, photos: Path, run: Path) -> tuple[dict[str, torch.Tensor], float]:
-    """The weights after some steps of a high rate, and how far the latents of photographs moved at last."""
-    output = retouch.retouch(
-        start,
-        photos,
-        run / "checkpoint.pt",
-        size="tiny",
-        minutes=0.3,
-        learn=[Kind.RAIN],
-        lr=3e-3,
-        batch=2,
-        crop=64,
-        seed=1,
+def retouched(start: Path, photos: Path, run: Path, *learn: Kind) -> list[dict[str, float]]:
+    """The log of some steps of a high rate."""
+    retouch.retouch(
+        start, photos, run / "checkpoint.pt", size="tiny", minutes=0.3, learn=learn, lr=3e-3, batch=2, crop=64, seed=1
     )
-    lines = [json.loads(line) for line in (run / "retouch.jsonl").read_text().splitlines()]
-    return read_weights(output), lines[-1]["held"]
+    return [json.loads(line) for line in (run / "retouch.jsonl").read_text().splitlines()]
 
 
 def test_only_the_encoder_learns_and_is_held_to_its_latents(
     start: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = read_weights(start)
-    after, held = retouched(start, photos, tmp_path / "held")
+    held = retouched(start, photos, tmp_path / "held")
+    before, after = (weights_to_start_from(path, TINY) for path in (start, tmp_path / "held" / "checkpoint.pt"))
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed
     assert all(name.startswith("g_a.") for name in changed)
-    keep_weights(tmp_path / "held" / "checkpoint.pt", tmp_path / "kept.safetensors")  # a run can start from it
     monkeypatch.setattr(retouch, "HOLD", 0.0)
-    _, free = retouched(start, photos, tmp_path / "free")
-    assert held < 0.5 * free
+    free = retouched(start, photos, tmp_path / "free")
+    assert held[-1]["held"] < 0.5 * free[-1]["held"]
+
+
+def test_what_is_learned_is_not_held(
+    start: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Mapping[Kind, float]] = []
+
+    class Told(Batches):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            asked.append(self.shares)
+
+    monkeypatch.setattr(retouch, "Batches", Told)
+    retouched(start, photos, tmp_path / "rain", Kind.RAIN, Kind.RAIN)
+    held, damaged, drawn = asked
+    assert held.keys() == KIND_SHARES.keys() - {Kind.RAIN}
+    assert sum(held.values()) == pytest.approx(sum(KIND_SHARES.values()))
+    assert damaged == {Kind.RAIN: 1}
+    assert drawn == DRAWN_SHARES
+
+
+def test_what_cannot_be_learned_is_refused(start: Path, photos: Path, tmp_path: Path) -> None:
+    for learn in ([Kind.CLEAN], [Kind.JPEG], retouch.LEARNABLE):
+        with pytest.raises(ValueError, match="expected kinds of noise, "):
+            retouched(start, photos, tmp_path, *learn)
+    with pytest.raises(ValueError, match="expected another output"):
+        retouch.retouch(start, photos, start, size="tiny", minutes=0.1, crop=64)
