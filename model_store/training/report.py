@@ -131,7 +131,7 @@ def learn(head: ReportHead, optimizer: torch.optim.Optimizer, lesson: Lesson) ->
 
 
 def train_report(
-    checkpoint: Path, photos: Path, minutes: float, seed: int = 7, batch: int = 16, crop: int = 224
+    checkpoint: Path, photos: Path, minutes: float, seed: int = 7, lr: float = 3e-3, batch: int = 16, crop: int = 224
 ) -> Path:
     """Train a head for the EMA weights of a checkpoint, or go on with the one beside it. Returns the head's path."""
     device = pick_device("auto")
@@ -152,12 +152,12 @@ def train_report(
         head = ReportHead(model.config).to(device)
         levels = _seen(g_a, first.clean, first.rate)
         head.deviation.copy_(torch.stack([x.std((0, 2, 3)) for x in levels]).clamp_min(1e-4))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.01)
     bar = tqdm(total=round(60 * minutes), unit="s", mininterval=5)
     lessons: deque[Lesson] = deque(maxlen=_KEPT)
     start, step, mean = time.monotonic(), 0, 0.0
     while (seconds := time.monotonic() - start) < 60 * minutes:
-        optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 50, decay(seconds / (60 * minutes)))
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 50, decay(seconds / (60 * minutes)))
         data = next(drawn if step % _DRAWN_EVERY == 0 else seen)
         features = [x.half() for x in _seen(g_a, data.degraded, data.rate)]
         lessons.append(Lesson(features, *(one.to(device) for one in targets(data.added_mse))))
@@ -180,8 +180,9 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs, searched recursively")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=7, help="another one for going on with a head")
+    parser.add_argument("--lr", type=float, default=3e-3, help="less for going on with a head that is good already")
     args = parser.parse_args()
-    print(train_report(args.checkpoint, args.photos, args.minutes, args.seed))
+    print(train_report(args.checkpoint, args.photos, args.minutes, args.seed, args.lr))
 
 
 if __name__ == "__main__":
