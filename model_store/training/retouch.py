@@ -92,7 +92,10 @@ def retouch(
     model.load_state_dict(weights_to_start_from(start_from, model.config))
     model.to(where).to(memory_format=torch.channels_last).requires_grad_(False)
     before = copy.deepcopy(model.g_a)
-    optimizer = torch.optim.Adam(model.g_a.requires_grad_(True).parameters(), lr=lr, betas=(0.9, 0.98))
+    model.g_a.requires_grad_(True)
+    model.g_a.gain.requires_grad_(False)  # integers of the entropy model follow it
+    learning = [parameter for parameter in model.g_a.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=lr, betas=(0.9, 0.98))
     pool, ema = PhotoPool(photos, crop, where), Ema(model)
     others = {kind: share for kind, share in KIND_SHARES.items() if kind not in learn}
     scale = sum(KIND_SHARES.values()) / sum(others.values())  # mixtures stay as rare as they were
@@ -131,7 +134,7 @@ def retouch(
             loss = (cost + _ENOUGH).log().mean() + HOLD * held
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.g_a.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(learning, 1.0)
             if norm.isfinite():
                 optimizer.step()
             ema.update(step)
