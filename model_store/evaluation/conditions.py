@@ -74,7 +74,7 @@ SETS: dict[str, tuple[Condition, ...]] = {
 }
 
 MEASURED = ("kodak", "rain", "cc15")
-"""What models are measured on. All up to `edge-8` have learned from most photos of CBSD68 (`model_store/README.md`)."""
+"""What models are measured on. All models so far have learned from most photos of CBSD68 (`model_store/README.md`)."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def retouch(
         record = {
             "batch": batch, "crop": crop, "seed": seed, "photos": len(pool.photos), "device": str(where),
             "only": "g_a", "retouched": f"{start_from.parent.name}/{start_from.name}",
-            "learn": [kind.value for kind in learn], "minutes": minutes, "lr": lr,
+            "learn": ", ".join(learn), "minutes": minutes, "lr": lr,
         }  # fmt: skip
         write_mixed({"size": size, "step": step, "seconds": seconds, "record": record}, ema.mean, output)
 

@@ -97,6 +97,9 @@ def test_what_is_learned_is_not_held(
     assert sum(held.values()) == pytest.approx(sum(KIND_SHARES.values()))
     assert damaged == {Kind.RAIN: 1}
     assert drawn == DRAWN_SHARES
+    record = torch.load(tmp_path / "rain" / "checkpoint.pt", weights_only=True)["record"]
+    assert record["learn"] == "rain"
+    assert all(isinstance(value, str | int | float) for value in record.values())  # as a store's index has them
 
 
 def test_what_cannot_be_learned_is_refused(start: Path, photos: Path, tmp_path: Path) -> None:
