@@ -41,7 +41,7 @@ LEARNABLE = tuple(kind for kind in KIND_SHARES if kind not in (Kind.CLEAN, Kind.
 _DRAWN_EVERY = 3
 """One step of so many learns from drawn pictures where there are kinds of damage to learn."""
 
-_DRAWN_SIDES, _DRAWN_PIXELS = (64, 128, 224, 320), 2 * 224**2
+_DRAWN_SIDES, _DRAWN_PIXELS = (32, 64, 128, 224, 320), 2 * 224**2
 """Sides of drawn pictures (attention sees all of a picture, so its size matters) and most pixels of a batch of them."""
 
 _ENOUGH = 0.1
