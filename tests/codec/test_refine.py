@@ -40,11 +40,11 @@ def test_effort_pays_in_bytes_and_pictures(engine: Engine, parrots: Photo, rate:
 
 @pytest.mark.parametrize("rate", [1, 2])
 def test_noisy_photos_are_not_refined_for_what_a_small_rate_point_leaves_of_them(
-    engine: Engine, parrots: Photo, monkeypatch: pytest.MonkeyPatch, rate: int
+    engine: Engine, bikes: Photo, monkeypatch: pytest.MonkeyPatch, rate: int
 ) -> None:
-    guided = cost(engine, noisy(parrots, 25), parrots, rate, 4)
+    guided = cost(engine, noisy(bikes, 25), bikes, rate, 4)
     monkeypatch.setattr(shipped, "GUIDE", 0)
-    assert guided < cost(engine, noisy(parrots, 25), parrots, rate, 4)
+    assert guided < cost(engine, noisy(bikes, 25), bikes, rate, 4)
 
 
 def test_a_large_photo_is_refined_window_by_window(
