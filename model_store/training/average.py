@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model_store.training.growth import grown
-from model_store.training.weights import weights_to_start_from, write_mixed
+from model_store.training.weights import named, weights_to_start_from, write_mixed
 from service.codec.config import CONFIGS
 
 
@@ -40,7 +40,7 @@ def average(checkpoint: Path, parts: Sequence[tuple[float, Path]], output: Path)
             raise ValueError(f"expected the weights of one {state['size']}, {path} has others")
         for name, value in weights.items():
             mean[name] = mean.get(name, 0) + share * value if value.is_floating_point() else value
-    told = ", ".join(f"{share:g} {path.parent.name}/{path.name}" for share, path in parts)
+    told = ", ".join(f"{share:g} {named(path)}" for share, path in parts)
     write_mixed(state, mean, output, averaged=told)
     return output
 

@@ -19,7 +19,7 @@ from model_store.degradations import Kind
 DRAWN_SHARES = {Kind.CLEAN: 0.7, Kind.NOISE: 0.12, Kind.SENSOR_NOISE: 0.06, Kind.JPEG: 0.12}
 """What is wrong with drawn pictures: of a plain one nobody can tell whether there is fog before it."""
 
-Colour = tuple[int, int, int]
+_Colour = tuple[int, int, int]
 _Levels = NDArray[np.float64]
 
 _FAINT, _STRONG = 3.0, 255.0
@@ -86,7 +86,7 @@ def _with_pillow(
     return painted
 
 
-def _as_colour(levels: _Levels) -> Colour:
+def _as_colour(levels: _Levels) -> _Colour:
     red, green, blue = levels.round().clip(0, 255).astype(int).tolist()
     return red, green, blue
 

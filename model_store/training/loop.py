@@ -22,7 +22,7 @@ from model_store.training.photos import PhotoPool, check_crop
 from model_store.training.schedule import Schedule
 from model_store.training.step import FIGURES, Ema, Step
 from model_store.training.warm_start import warm_start
-from model_store.training.weights import trained_lambdas, weights_to_start_from
+from model_store.training.weights import save_checkpoint, trained_lambdas, weights_to_start_from
 from service.codec.config import CONFIGS, LAMBDA_RANGE
 from service.codec.device import pick_device, transform_precision
 from service.codec.model import TrainableCodec
@@ -153,8 +153,7 @@ def train(
                        "device": str(where), "lambda_low": LAMBDA_RANGE[0], "lambda_high": LAMBDA_RANGE[1],
                        "only": only, **asdict(schedule)},
         }  # fmt: skip
-        torch.save(state, path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
+        save_checkpoint(state, path)
 
     _forget_after(step, run / "log.jsonl")
     log = (run / "log.jsonl").open("a")

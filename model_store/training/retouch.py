@@ -24,10 +24,11 @@ from tqdm import tqdm
 from model_store.degradations import Kind
 from model_store.training.batches import KIND_SHARES, Batches
 from model_store.training.drawings import DRAWN_SHARES, Drawings
+from model_store.training.loop import CHECKPOINT_SECONDS
 from model_store.training.photos import PhotoPool, check_crop
 from model_store.training.schedule import Schedule
-from model_store.training.step import Ema, costs
-from model_store.training.weights import weights_to_start_from, write_mixed
+from model_store.training.step import Ema, clipped, costs
+from model_store.training.weights import named, weights_to_start_from, write_mixed
 from service.codec.config import CONFIGS
 from service.codec.device import pick_device
 from service.codec.model import TrainableCodec
@@ -49,7 +50,7 @@ _ENOUGH = 0.1
 
 _MOST_DRAWN = 8
 
-_SAVE_SECONDS, _LOG_EVERY = 180, 25
+_LOG_EVERY = 25
 
 _FIGURES = ("learned", "held", "grad_norm")
 """Of so many steps, means: the logarithm of what is learned costs, the distance of latents, the gradient's norm."""
@@ -111,7 +112,7 @@ def retouch(
     def save() -> None:
         record = {
             "batch": batch, "crop": crop, "seed": seed, "photos": len(pool.photos), "device": str(where),
-            "only": "g_a", "retouched": f"{start_from.parent.name}/{start_from.name}",
+            "only": "g_a", "retouched": named(start_from),
             "learn": ", ".join(learn), "minutes": minutes, "lr": lr,
         }  # fmt: skip
         write_mixed({"size": size, "step": step, "seconds": seconds, "record": record}, ema.mean, output)
@@ -134,7 +135,7 @@ def retouch(
             loss = (cost + _ENOUGH).log().mean() + HOLD * held
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(learning, 1.0)
+            norm = clipped(learning, where)
             if norm.isfinite():
                 optimizer.step()
             ema.update(step)
@@ -147,7 +148,7 @@ def retouch(
                 log.write(json.dumps({"step": step, "seconds": round(seconds), **told}) + "\n")
                 log.flush()
                 bar.set_description(f"step {step}  held {told['held']:.4f}", refresh=False)
-            if time.monotonic() - saved > _SAVE_SECONDS:
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save()
                 saved = time.monotonic()
     bar.close()

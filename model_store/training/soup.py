@@ -23,7 +23,7 @@ from model_store.training.compiled import compile_blocks
 from model_store.training.photos import PhotoPool, check_crop
 from model_store.training.schedule import decay
 from model_store.training.step import costs
-from model_store.training.weights import weights_to_start_from, write_mixed
+from model_store.training.weights import named, weights_to_start_from, write_mixed
 from service.codec.config import CONFIGS
 from service.codec.device import pick_device, transform_precision
 from service.codec.model import TrainableCodec
@@ -153,9 +153,7 @@ def soup(
         raise ValueError(f"expected time for {BATCHES} batches at least, {minutes:g} minutes were enough for {count}")
     mixed.apply(mean)
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    told = ", ".join(
-        f"{share:.3f} {path.parent.name}/{path.name}" for share, path in zip(mean.mean(1).tolist(), others)
-    )
+    told = ", ".join(f"{share:.3f} {named(path)}" for share, path in zip(mean.mean(1).tolist(), others))
     write_mixed(state, weights, output, soup=told)
     return dict(zip(mixed.blocks, mean.T.tolist()))
 

@@ -68,7 +68,7 @@ def _unsteadiness(model: TrainableCodec, out: CodedLatents, rate: Tensor) -> Ten
     return (first - again).square().mean()
 
 
-def _clipped(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
+def clipped(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
     """The norm of a gradient before it is clipped to 1; zero where nothing has one."""
     learning = [parameter for parameter in parameters if parameter.grad is not None]
     return clip_grad_norm_(learning, 1.0) if learning else torch.zeros((), device=device)
@@ -140,7 +140,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         # Each by itself: the transforms' norm, which differs tenfold by kind, would decide how much the prior learns.
-        norm, prior_norm = (_clipped(group["params"], self.device) for group in self.optimizer.param_groups)
+        norm, prior_norm = (clipped(group["params"], self.device) for group in self.optimizer.param_groups)
         finite = norm.isfinite() & prior_norm.isfinite()
         dropped = torch.ones_like(norm) if self._rehearses else (~finite).float()
         self.optimizer.found_inf = dropped  # type: ignore[attr-defined]  # as a GradScaler does: no update then

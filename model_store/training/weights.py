@@ -42,6 +42,18 @@ def keep_weights(checkpoint: Path, path: Path) -> None:
     save_file(as_float16, path, {_LOW: str(low), _HIGH: str(high)})
 
 
+def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint whole, or leave the one that was there."""
+    new = path.with_suffix(".new")
+    torch.save(dict(state), new)
+    new.replace(path)
+
+
+def named(path: Path) -> str:
+    """A checkpoint's path as records tell it: the run's folder and the file."""
+    return f"{path.parent.name}/{path.name}"
+
+
 def write_mixed(state: Mapping[str, Any], weights: Mapping[str, Tensor], output: Path, **told: str) -> None:
     """Write weights that come of several runs as a checkpoint without an optimizer, to be exported or started from.
 
@@ -53,10 +65,8 @@ def write_mixed(state: Mapping[str, Any], weights: Mapping[str, Tensor], output:
     low, high = LAMBDA_RANGE
     record = {**state["record"], "lambda_low": low, "lambda_high": high, **told}
     output.parent.mkdir(parents=True, exist_ok=True)
-    new = output.with_suffix(".new")
-    torch.save({"size": state["size"], "model": weights, "ema": weights, "step": state["step"],
-                "seconds": state["seconds"], "record": record}, new)  # fmt: skip
-    new.replace(output)
+    save_checkpoint({"size": state["size"], "model": weights, "ema": weights, "step": state["step"],
+                     "seconds": state["seconds"], "record": record}, output)  # fmt: skip
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
