@@ -74,6 +74,15 @@ def trust(found: tuple[Degradation, ...]) -> float:
     return 1 / (1 + variance / _GRAIN**2)
 
 
+def _sent_back(grad: Tensor, result: Tensor, x: Tensor, keep: bool = False) -> Tensor:
+    """What a gradient of `result` says of x; the graph stays for another if `keep`.
+
+    (A gradient that is handed to `torch.autograd.grad` makes it import an algebra system: half a second.)
+    """
+    with torch.enable_grad():
+        return torch.autograd.grad((result * grad).sum(), x, retain_graph=keep)[0]
+
+
 class _Recompute(torch.autograd.Function):
     """A block that keeps its input for the way back and nothing else: a third more time, two fifths of the memory.
 
@@ -92,7 +101,7 @@ class _Recompute(torch.autograd.Function):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             result = ctx.block(x)
-        return *torch.autograd.grad(result, x, grad), None
+        return _sent_back(grad, result, x), None
 
 
 class _Recomputed(nn.Module):
@@ -193,10 +202,10 @@ class Refinement:
                 if probe:
                     # Hutchinson's estimate: random signs, sent back through g_s, square to the diagonal of J^T J.
                     signs = torch.empty_like(error).bernoulli_(0.5, generator=_generator(error.device)).mul_(2).sub_(1)
-                    (back,) = torch.autograd.grad(error, y_hat, signs, retain_graph=True)
+                    back = _sent_back(signs, error, y_hat, keep=True)
                     probed = probed + back.square().sum((2, 3), keepdim=True) * (rows.share * columns.share)
                 if sloping:
-                    (own,) = torch.autograd.grad(error, y_hat, error.detach())
+                    own = _sent_back(error.detach(), error, y_hat)
                     gradient[..., rows.inner, columns.inner] = own[..., rows.within, columns.within]
                 tell()
         count = target.numel()

@@ -5,6 +5,7 @@ These run in any precision on any device. What must be exact (z_hat to mu and sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -40,8 +41,8 @@ class RateGain(nn.Module):
 
     def __init__(self, dim: int, low: float = 1.0, high: float = 1.0) -> None:
         super().__init__()
-        self.log_low = nn.Parameter(torch.full((dim,), low).log())
-        self.log_high = nn.Parameter(torch.full((dim,), high).log())
+        self.log_low = nn.Parameter(torch.full((dim,), math.log(low)))
+        self.log_high = nn.Parameter(torch.full((dim,), math.log(high)))
 
     def forward(self, rate: Tensor) -> Tensor:
         """rate: (B,) indexes 0..7. Returns (B, dim, 1, 1)."""
