@@ -64,6 +64,7 @@ def retouch(
     size: str,
     minutes: float,
     learn: Sequence[Kind] = (),
+    held_to: Path | None = None,
     lr: float = 1e-4,
     batch: int = 4,
     crop: int = 224,
@@ -72,8 +73,9 @@ def retouch(
     """Train g_a for some minutes. Returns `output`, a checkpoint without an optimizer; its log lies beside it.
 
     Args:
-        start_from: weights of a run, of this size, and what photographs are held to.
+        start_from: weights of a run, of this size.
         learn: of `LEARNABLE`, besides drawn pictures, each as often as the others.
+        held_to: the model that photographs are held to; that of `start_from`, unless it is a retouch to go on from.
         batch, crop: of the photographs of a step; drawn pictures have up to 100,000 pixels a batch, whatever these are.
 
     Raises:
@@ -84,24 +86,28 @@ def retouch(
     learn = tuple(dict.fromkeys(learn))
     if not set(learn) <= set(LEARNABLE) or len(learn) > len(LEARNABLE) - 2:
         raise ValueError(f"expected kinds of {', '.join(LEARNABLE)}, not nearly all, got {', '.join(learn)}")
-    if output.resolve() == start_from.resolve():
-        raise ValueError(f"expected another output than {start_from}, which photographs are held to")
+    held_to = held_to or start_from
+    if output.resolve() in (start_from.resolve(), held_to.resolve()):
+        raise ValueError(f"expected another output than {output}, which it starts from or photographs are held to")
     where = pick_device("auto")
     seed = secrets.randbelow(2**31) if seed is None else seed
     torch.manual_seed(seed)
     model = TrainableCodec(CONFIGS[size])
-    model.load_state_dict(weights_to_start_from(start_from, model.config))
+    model.load_state_dict(weights_to_start_from(held_to, model.config))
     model.to(where).to(memory_format=torch.channels_last).requires_grad_(False)
     before = copy.deepcopy(model.g_a)
+    begun = weights_to_start_from(start_from, model.config)
+    model.g_a.load_state_dict({name.removeprefix("g_a."): w for name, w in begun.items() if name.startswith("g_a.")})
     model.g_a.requires_grad_(True)
-    model.g_a.gain.requires_grad_(False)  # integers of the entropy model follow it
+    model.g_a.gain.load_state_dict(before.gain.state_dict())  # integers of the entropy model follow it
+    model.g_a.gain.requires_grad_(False)
     learning = [parameter for parameter in model.g_a.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learning, lr=lr, betas=(0.9, 0.98))
     pool, ema = PhotoPool(photos, crop, where), Ema(model)
     others = {kind: share for kind, share in KIND_SHARES.items() if kind not in learn}
     scale = sum(KIND_SHARES.values()) / sum(others.values())  # mixtures stay as rare as they were
-    held_to = {kind: share * scale for kind, share in others.items()}
-    photographs = iter(Batches(pool, batch, crop, where, seed, held_to))
+    shares = {kind: share * scale for kind, share in others.items()}
+    photographs = iter(Batches(pool, batch, crop, where, seed, shares))
     wrong = dict.fromkeys(learn, 1 / max(1, len(learn)))
     damaged = iter(Batches(pool, batch, crop, where, seed + 4, wrong, one_kind=True))
     drawings = Batches(Drawings(where), 1, crop, where, seed + 2, DRAWN_SHARES)
@@ -112,7 +118,7 @@ def retouch(
     def save() -> None:
         record = {
             "batch": batch, "crop": crop, "seed": seed, "photos": len(pool.photos), "device": str(where),
-            "only": "g_a", "retouched": named(start_from),
+            "only": "g_a", "retouched": named(start_from), "held_to": named(held_to),
             "learn": ", ".join(learn), "minutes": minutes, "lr": lr,
         }  # fmt: skip
         write_mixed({"size": size, "step": step, "seconds": seconds, "record": record}, ema.mean, output)
@@ -164,6 +170,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="checkpoint.pt that it becomes")
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--learn", nargs="+", choices=[*LEARNABLE], default=[], help="besides drawn pictures")
+    parser.add_argument("--held-to", type=Path, help="weights that photographs are held to, if not what it starts from")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--crop", type=int, default=224)

@@ -59,11 +59,14 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def retouched(start: Path, photos: Path, run: Path, *learn: Kind) -> list[dict[str, float]]:
+def retouched(
+    start: Path, photos: Path, run: Path, *learn: Kind, held_to: Path | None = None
+) -> list[dict[str, float]]:
     """The log of some steps of a high rate."""
     retouch.retouch(
-        start, photos, run / "checkpoint.pt", size="tiny", minutes=0.3, learn=learn, lr=3e-3, batch=2, crop=64, seed=1
-    )
+        start, photos, run / "checkpoint.pt", size="tiny", minutes=0.3, learn=learn, held_to=held_to,
+        lr=3e-3, batch=2, crop=64, seed=1,
+    )  # fmt: skip
     return [json.loads(line) for line in (run / "retouch.jsonl").read_text().splitlines()]
 
 
@@ -100,6 +103,22 @@ def test_what_is_learned_is_not_held(
     record = torch.load(tmp_path / "rain" / "checkpoint.pt", weights_only=True)["record"]
     assert record["learn"] == "rain"
     assert all(isinstance(value, str | int | float) for value in record.values())  # as a store's index has them
+
+
+def test_a_retouch_goes_on_and_is_held_to_what_came_before_it(start: Path, photos: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first" / "checkpoint.pt"
+    retouched(start, photos, first.parent)
+    state = torch.load(first, weights_only=True)
+    state["ema"]["g_a.gain.log_high"] += 1
+    torch.save(state, first)
+    again = tmp_path / "again" / "checkpoint.pt"
+    log = retouched(first, photos, again.parent, held_to=start)
+    before, after = weights_to_start_from(start, TINY), weights_to_start_from(again, TINY)
+    assert torch.equal(after["g_a.gain.log_high"], before["g_a.gain.log_high"])  # which the entropy model knows
+    anew = retouched(first, photos, tmp_path / "anew")
+    assert log[0]["held"] > anew[0]["held"]  # of g_a as it begins, by how far it had moved
+    record = torch.load(again, weights_only=True)["record"]
+    assert (record["retouched"], record["held_to"]) == ("first/checkpoint.pt", f"{tmp_path.name}/start.pt")
 
 
 def test_what_cannot_be_learned_is_refused(start: Path, photos: Path, tmp_path: Path) -> None:
