@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.gateway import Gateway, State, boundary, camera_frames, greet, parts, snapshot, thinned
+from deploy.gateway import Gateway, State, _film, boundary, camera_frames, greet, parts, snapshot, thinned
 from service.client import AsyncClient
 from service.codec.bitstream import Bitstream
 from service.engine import Engine, Photo
@@ -399,6 +399,43 @@ def test_a_frame_that_is_rewritten_while_its_result_is_written_is_sent_too(
     asyncio.run(work())
     assert service.sent == [b"one", b"another"]
     assert (out / "snapshot.jpg.lmp").read_bytes() == b"of another"
+
+
+def test_snapshots_are_kept_while_there_is_room_for_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Camera(http.server.BaseHTTPRequestHandler):
+        asked = 0
+
+        def do_GET(self) -> None:
+            Camera.asked += 1
+            body = b"snapshot %d" % Camera.asked
+            self.send_response(200)
+            self.send_header("Content-Type", "image/jpeg")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    def kept() -> list[bytes]:
+        return [path.read_bytes() for path in sorted(tmp_path.glob("*.jpg"))]
+
+    async def film() -> None:
+        filming = asyncio.create_task(_film(f"http://127.0.0.1:{server.server_port}/", 0.01, tmp_path, 3))
+        async with asyncio.timeout(30):
+            while "a new one is dropped" not in caplog.text:
+                await asyncio.sleep(0.01)
+            assert kept() == [b"snapshot 1", b"snapshot 2", b"snapshot 3"]
+            min(tmp_path.glob("*.jpg")).unlink()
+            while len(kept()) < 3:
+                await asyncio.sleep(0.01)
+        filming.cancel()
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Camera) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        asyncio.run(film())
+        server.shutdown()
+    assert kept()[:2] == [b"snapshot 2", b"snapshot 3"]
+    assert kept()[2] not in (b"snapshot 1", b"snapshot 4")  # the fourth found no room
 
 
 def test_a_password_of_a_camera_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
