@@ -1,8 +1,7 @@
-# make run    set everything up and serve on port 8000 (PORT=...)
+# make run    set everything up and serve on port 8000 (PORT=... or LIMPID_PORT)
 # make test   set everything up and run the tests
 # TORCH_INDEX=URL takes torch and torchvision from another package index, for example one of CPU-only builds.
 
-PORT ?= 8000
 PYTHON ?= python3
 TORCH_INDEX ?=
 PHOTOS ?= ../shared/data
@@ -14,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: run test lint format bench cost evaluate clean
 
 run: $(VENV)/run.stamp
-	$(BIN)/python -m service serve --port $(PORT)
+	$(BIN)/python -m service serve $(if $(PORT),--port $(PORT))
 
 test: $(VENV)/dev.stamp $(VENV)/debian.stamp
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""An example of a camera gateway: frames of a camera or a folder, compressed at a rate or within a budget, none lost.
+"""An example of a camera gateway: frames of a camera or a folder, compressed at a rate or within a budget, and kept.
 
     python -m deploy.gateway FRAMES OUT --url http://limpid:8000 --max-bytes 40000 --camera http://cam/stream.mjpg
 
@@ -44,7 +44,7 @@ ATTEMPTS = 1000
 PAUSE = 5.0
 """Seconds before a frame is tried again that failed without being to blame."""
 
-BLAMELESS = frozenset({"invalid-api-key", "not-found", "malformed-request", "unexpected-answer"})
+BLAMELESS = frozenset({"invalid-api-key", "not-found", "malformed-request", "unknown-model", "unexpected-answer"})
 """What the service, or something before it, says when the gateway is set up wrongly."""
 
 
@@ -54,6 +54,7 @@ class Goal(TypedDict, total=False):
     rate: int | None
     max_bytes: int | None
     target_bpp: float | None
+    model: str | None
     effort: int | None
 
 
@@ -314,15 +315,18 @@ async def _film(url: str, every: float | None, frames: Path, max_waiting: int) -
             log.error("a frame cannot be kept: %s", error)
 
 
-async def greet(url: str, limpid: AsyncClient, effort: int) -> None:
-    """Say at once what a frame would tell only later: that no service answers there, or not to this key or effort."""
+async def greet(url: str, limpid: AsyncClient, goal: Goal) -> None:
+    """Say at once what a frame would tell only later: that no service answers there, or not to this key or goal."""
     try:
         offered = await limpid.variants(policy=Policy(deadline=5, attempts=1))
     except LimpidError as error:
         log.warning("%s: %s; frames wait for it", url, error)
         return
-    log.info("%s serves %s", url, ", ".join(model["name"] for model in offered["models"]))
-    if effort > (most := offered.get("max_effort", 0)):
+    served = [model["name"] for model in offered["models"]]
+    log.info("%s serves %s", url, ", ".join(served))
+    if (model := goal.get("model")) and model not in served:
+        log.error("%s has no model %s; frames wait until it does", url, model)
+    if (effort := goal.get("effort") or 0) > (most := offered.get("max_effort", 0)):
         log.error("%s allows an effort of %d at most, not %d; frames wait until it does", url, most, effort)
 
 
@@ -330,7 +334,13 @@ async def _main(args: argparse.Namespace, limpid: AsyncClient) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    goal = Goal(rate=args.rate, max_bytes=args.max_bytes, target_bpp=args.target_bpp, effort=args.effort or None)
+    goal = Goal(
+        rate=args.rate,
+        max_bytes=args.max_bytes,
+        target_bpp=args.target_bpp,
+        model=args.model,
+        effort=args.effort or None,
+    )
     async with limpid:
         delete = args.delete or bool(args.camera)
         settle = 0 if args.camera else args.settle  # the camera's frames are written whole
@@ -339,7 +349,7 @@ async def _main(args: argparse.Namespace, limpid: AsyncClient) -> None:
         if args.camera:
             camera = asyncio.create_task(_film(args.camera, args.every, args.frames, args.max_waiting))
             camera.add_done_callback(lambda _: stop.set())  # a gateway that films no more shall end, and be restarted
-        greeting = asyncio.create_task(greet(args.url, limpid, args.effort))
+        greeting = asyncio.create_task(greet(args.url, limpid, goal))
         await gateway.run(stop)
         greeting.cancel()
         if camera and camera.done():
@@ -361,6 +371,7 @@ def main() -> None:
         "--max-bytes", type=positive(int), help="budget of one frame; takes about three times as long as a rate"
     )
     size.add_argument("--target-bpp", type=positive(float, MOST_BPP), help="the same in bits per pixel")
+    parser.add_argument("--model", help="name of a model of the service, else its default")
     parser.add_argument(
         "--effort",
         type=int,

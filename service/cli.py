@@ -223,10 +223,15 @@ def _verify(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _add(args: argparse.Namespace, settings: Settings) -> int:
-    from service.store import ModelStore
+    from service.store import STORE_FILE, ModelStore
 
-    store = ModelStore(args.store or settings.store)
-    store.add(ModelStore(args.source), args.name)
+    folder, source = args.store or settings.store, ModelStore(args.source)
+    if not (folder / STORE_FILE).exists():
+        ModelStore.begin(folder, source, args.name)
+        print(f"{args.name}: the first model and the default of {folder}, a new store")
+        return 0
+    store = ModelStore(folder)
+    store.add(source, args.name)
     print(f"{args.name}: added to {store.folder}; the default is still {store.index.default}")
     return 0
 
@@ -306,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     store = commands.add_parser("store", help="look after a model store")
     actions = store.add_subparsers(dest="action", required=True)
     verify = actions.add_parser("verify", help="check digests and known answers of every model")
-    add = actions.add_parser("add", help="copy a model of another store, checked first")
+    add = actions.add_parser("add", help="copy a model of another store, checked first; into an empty folder too")
     add.add_argument("source", type=Path, help="folder of the other store")
     add.add_argument("name", help="name of the model")
     default = actions.add_parser("default", help="choose the model for requests that name none")

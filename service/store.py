@@ -73,6 +73,10 @@ class StoreIndex(BaseModel):
     models: list[ModelEntry]
 
 
+def _as_json(index: StoreIndex) -> bytes:
+    return index.model_dump_json(indent=2).encode() + b"\n"
+
+
 class ModelStore:
     """An opened store.
 
@@ -100,6 +104,23 @@ class ModelStore:
             raise StoreError(f"{path}: two models share a file")
         if self.index.default not in names:
             raise StoreError(f"{path}: the default {self.index.default!r} is not among {', '.join(names)}")
+
+    @classmethod
+    def begin(cls, folder: Path, source: ModelStore, name: str) -> ModelStore:
+        """A new store with one model of another, its default, in a folder that is empty or not there yet.
+
+        Raises:
+            StoreError: the folder holds something, or the source lacks the model or fails its checks.
+        """
+        if folder.exists() and any(folder.iterdir()):
+            raise StoreError(f"expected a model store, or nothing, at {folder}")
+        entry = source.entry(name)
+        source.load(entry, torch.device("cpu"))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / entry.file, (source.folder / entry.file).read_bytes())
+        index = StoreIndex(default=name, models=[entry])
+        write_whole(folder / STORE_FILE, _as_json(index))
+        return cls(folder)
 
     def entry(self, name: str) -> ModelEntry:
         """Raises:
@@ -148,7 +169,7 @@ class ModelStore:
         return ModelStore(self.folder).index
 
     def _write(self, index: StoreIndex) -> None:
-        write_whole(self.folder / STORE_FILE, index.model_dump_json(indent=2).encode() + b"\n")
+        write_whole(self.folder / STORE_FILE, _as_json(index))
         self.index = index
 
     def load(self, entry: ModelEntry, device: torch.device, dtype: torch.dtype = torch.float32) -> ShippedCodec:

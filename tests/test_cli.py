@@ -227,6 +227,10 @@ def test_store_commands_verify_add_and_choose(tmp_path: Path, capsys: Lines) -> 
     assert main(["store", "default", "edge-next", *here]) == 0
     assert main(["store", "verify", *here]) == 0
     assert capsys.readouterr().out.count(": good") == 2
+    assert main(["store", "add", str(tmp_path / "store"), "edge-next", "--store", str(tmp_path / "small")]) == 0
+    assert "the default of" in capsys.readouterr().out
+    assert main(["store", "verify", "--store", str(tmp_path / "small")]) == 0
+    assert capsys.readouterr().out.count(": good") == 1
     (tmp_path / "store" / "edge-next.safetensors").write_bytes(b"")
     assert main(["store", "verify", *here]) == 1
     assert "edge-next" in capsys.readouterr().err

@@ -123,6 +123,22 @@ def test_a_model_is_added_and_made_the_default(copy: Path, tmp_path: Path) -> No
         again.set_default("none")
 
 
+def test_a_store_begins_with_one_model_in_an_empty_folder(copy: Path, tmp_path: Path) -> None:
+    source = other_store(tmp_path / "other", "edge-next")
+    begun = ModelStore.begin(tmp_path / "a" / "new", source, "edge-next")
+    assert begun.index.default == "edge-next"
+    begun.load(begun.entry("edge-next"), CPU)
+    with pytest.raises(StoreError, match="expected a model store, or nothing"):
+        ModelStore.begin(copy, source, "edge-next")
+    with pytest.raises(StoreError, match="got 'none'"):
+        ModelStore.begin(tmp_path / "none", source, "none")
+    path = source.folder / "edge-next.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StoreError, match="expected SHA-256"):
+        ModelStore.begin(tmp_path / "none", source, "edge-next")
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_damaged_model_is_not_added(copy: Path, tmp_path: Path) -> None:
     other = other_store(tmp_path / "other", "edge-next")
     path = other.folder / "edge-next.safetensors"

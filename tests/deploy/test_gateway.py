@@ -305,21 +305,23 @@ def test_a_stream_can_be_thinned() -> None:
     assert 1 <= len(others) <= 2
 
 
-@pytest.mark.parametrize(("effort", "most"), [(0, 0), (4, 8), (4, 3), (1, None)])
-def test_an_effort_that_the_service_does_not_allow_is_told_at_once(
-    caplog: pytest.LogCaptureFixture, effort: int, most: int | None
+@pytest.mark.parametrize(("effort", "most"), [(None, 0), (4, 8), (4, 3), (1, None)])
+@pytest.mark.parametrize("model", [None, "edge-8", "edge-7"])
+def test_what_the_service_does_not_offer_is_told_at_once(
+    caplog: pytest.LogCaptureFixture, effort: int | None, most: int | None, model: str | None
 ) -> None:
     offered = {"models": [{"name": "edge-8"}], **({} if most is None else {"max_effort": most})}
 
     async def work() -> None:
         answer = httpx.MockTransport(lambda _: httpx.Response(200, json=offered))
         async with AsyncClient("http://x", transport=answer) as limpid:
-            await greet("http://x", limpid, effort)
+            await greet("http://x", limpid, {"effort": effort, "model": model})
 
     caplog.set_level("INFO")
     asyncio.run(work())
     assert "serves edge-8" in caplog.text
-    assert ("allows an effort of" in caplog.text) is (effort > (most or 0))
+    assert ("allows an effort of" in caplog.text) is ((effort or 0) > (most or 0))
+    assert ("has no model edge-7" in caplog.text) is (model == "edge-7")
 
 
 def test_a_stream_that_names_no_boundary_is_not_cut() -> None:
@@ -330,8 +332,8 @@ def test_a_stream_that_names_no_boundary_is_not_cut() -> None:
 
 @pytest.mark.parametrize(
     ("status", "slug", "refused"),
-    [(404, "not-found", False), (400, "malformed-request", False), (504, "deadline-exceeded", False),
-     (422, "corrupt-image", True)],
+    [(404, "not-found", False), (400, "malformed-request", False), (422, "unknown-model", False),
+     (504, "deadline-exceeded", False), (422, "corrupt-image", True)],
 )  # fmt: skip
 def test_only_what_the_frame_is_to_blame_for_refuses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, slug: str, refused: bool
