@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -117,6 +118,15 @@ class Model:
         """
         return self.load()
 
+    def told_anew(self, entry: ModelEntry) -> Model:
+        """The same model with the entry of a later index; its codec is loaded now."""
+        if entry == self.entry:
+            return self
+        codec = self.codec
+        model = Model(entry, lambda: codec)  # which holds nothing of what was told before
+        _ = model.codec  # while one is computed, Python 3.11 lets nobody have another
+        return model
+
     @property
     def resident_bytes(self) -> int:
         """Bytes of the transforms and the exact prior on the device."""
@@ -212,7 +222,7 @@ class Engine:
             raise UnknownModel(f"the stream needs model {stream.model_id.hex()}; this store holds {held}")
         return model
 
-    def refresh(self, store: ModelStore) -> list[str]:
+    def refresh(self, folder: Path) -> list[str]:
         """Take up a changed store while requests go on: load and warm up what is new, then switch to its default.
 
         Models that left the store stay loaded until the process ends, so that no request under way loses its model.
@@ -224,18 +234,16 @@ class Engine:
             StoreError: the store cannot be used, or holds other weights under a known name; nothing has changed then.
         """
         with self._refreshing:
+            store = ModelStore(folder)  # as it is now: whoever asked later read it later
             for entry in store.index.models:
                 known = self.models.get(entry.name)
                 if known and known.entry.sha256 != entry.sha256:
                     raise StoreError(f"model {entry.name}: expected the weights {known.entry.sha256}, its entry now "
                                      f"says {entry.sha256}; new weights need a new name")  # fmt: skip
-            models = dict(self.models)
-            for entry in store.index.models:
-                known = models.get(entry.name)
-                models[entry.name] = (
-                    Model(entry, partial(getattr, known, "codec")) if known else self._model(store, entry)
-                )
-            added = [name for name in models if name not in self.models]
+            told = {entry.name: entry for entry in store.index.models}
+            models = {name: model.told_anew(told.get(name, model.entry)) for name, model in self.models.items()}
+            added = [name for name in told if name not in models]
+            models |= {name: self._model(store, told[name]) for name in added}
             before = self.models, self._by_id
             self._by_id = {model.entry.model_id: model for model in models.values()}
             self.models = models

@@ -15,7 +15,7 @@ from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from service.structure import canvas, check_structure
 
@@ -25,12 +25,22 @@ INPUT_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP")
 
 Image.MAX_IMAGE_PIXELS = None  # `read_photo` has its own limit and applies it before decoding
 
+PngImagePlugin.MAX_TEXT_CHUNK = (
+    2**22
+)  # bytes of a colour profile as well, and those of printers have more than Pillow's one
+
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of tags, say: an upload shall not fill the log
 
 _SRGB = ImageCms.createProfile("sRGB")
 
 _MOST_EXIF = 2**20
 """Bytes; cameras write up to some 100 kB."""
+
+_MOST_TAGS = 1000
+"""Of a colour profile; lcms refuses one with more than a hundred."""
+
+_SAMPLE_FORMAT = 339
+"""TIFF's tag: 1 is of integers from zero on, which is meant where there is none."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -117,7 +127,7 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
             _check_cost(image, max_pixels)
             image.load()
             turn = _turn_of(image)
-            photo = _to_srgb(image, deep=data[24:25] == b"\x10")
+            photo = _to_srgb(image, data[24] if image.format == "PNG" else 8)
             return photo if turn is None else np.asarray(Image.fromarray(photo).transpose(turn))
         except (ImageError, MemoryError):
             raise
@@ -172,20 +182,24 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
         raise TooManyPixels(f"expected at most {max_pixels} pixels, got {width}x{height}, {padded} in blocks of 64x64")
 
 
-def _to_srgb(image: Image.Image, deep: bool) -> Photo:
-    """`deep`: a PNG of 16 bits, of whose colours Pillow has kept the upper eight."""
+def _to_srgb(image: Image.Image, depth: int) -> Photo:
+    """`depth`: bits of a PNG's sample. They are eight by now, but Pillow leaves the transparent level as it was."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit_grey(image)
     key = image.info.get("transparency")
-    if isinstance(key, tuple) and deep and image.format == "PNG":
+    if isinstance(key, tuple) and depth == 16:
         image.info["transparency"] = tuple(value >> 8 for value in key)
+    if isinstance(key, int) and image.mode == "L" and depth < 8:
+        image.info["transparency"] = key * 255 // (2**depth - 1)
     if key is not None and image.mode in ("1", "L"):
         image = image.convert("LA")
     elif image.mode == "P" or key is not None:
         image = image.convert("RGB" if key is None else "RGBA")
-    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
-        grey = image.mode in ("LA", "La")
+    if image.mode == "La":  # multiplied by its transparency; there is no way from it to RGBA
+        image = image.convert("LA")
+    if image.mode in ("LA", "RGBA", "RGBa", "PA"):
+        grey = image.mode == "LA"
         if image.mode != "RGBA":
             image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
@@ -199,15 +213,20 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits, rounded; float grey is taken as [0, 1]. Some rows at a time, for memory's sake.
+    """Grey of more bits to 8, rounded; float grey is taken as [0, 1]. Some rows at a time, for memory's sake.
 
-    A grey level that PNG calls transparent becomes white, and a TIFF whose zero is white is turned round.
+    Integers that may be negative are taken for 16 bits, whatever they have room for: that is how programs use them. A
+    grey level that PNG calls transparent becomes white, and a TIFF whose zero is white is turned round.
     """
-    scale = 255 if image.mode == "F" else 255 / 65535
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     negative = tags.get(ExifTags.Base.PhotometricInterpretation) == 0 and image.mode != "F"
     key = image.info.get("transparency")
     values = np.asarray(image)
+    bits = 16
+    if tags.get(_SAMPLE_FORMAT, (1,))[0] == 1:
+        bits = tags.get(ExifTags.Base.BitsPerSample, (bits,))[0]
+        values = values.view(np.uint32) if values.dtype == np.int32 and bits == 32 else values
+    scale = 255 if image.mode == "F" else 255 / (2**bits - 1)
     grey = np.empty(values.shape, np.uint8)
     rows = max(1, 2**18 // values.shape[1])
     for start in range(0, len(values), rows):
@@ -224,11 +243,22 @@ def _convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
     if not profile or image.mode not in ("RGB", "L", "CMYK"):
         return image
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        source = ImageCms.ImageCmsProfile(io.BytesIO(_without_programs(profile)))
         converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
         return image
     return converted if converted is not None else image
+
+
+def _without_programs(profile: bytes) -> bytes:
+    """A profile without its D2Bx tags (ICC.1, 9.2.34): lcms, which prefers them to tables, runs up any number of steps
+    over one table of the file, so that a kilobyte costs gigabytes and minutes."""
+    count = min(int.from_bytes(profile[128:132], "big"), _MOST_TAGS)
+    head = bytearray(profile[: 132 + 12 * count])
+    for at in range(132, len(head), 12):
+        if head[at : at + 3] == b"D2B":
+            head[at : at + 4] = b"none"
+    return bytes(head) + profile[len(head) :]
 
 
 def write_photo(photo: Photo, output: OutputFormat, quality: int | None = None) -> bytes:

@@ -6,6 +6,7 @@ import io
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -119,6 +120,41 @@ def test_an_icc_profile_is_converted_to_srgb() -> None:
     assert np.array_equal(read_photo(image_bytes(grey, "PNG", icc_profile=b"broken"), LIMIT), grey)
 
 
+def programmed(profile: bytes, steps: int, side: int) -> bytes:
+    """A profile with a D2B0 tag that looks up one table of `side`**3 mid-greys so many times."""
+    count = struct.unpack_from(">I", profile, 128)[0]
+    entries = [struct.unpack_from(">4sII", profile, 132 + 12 * index) for index in range(count)]
+    tags = [(tag, profile[offset : offset + size]) for tag, offset, size in entries]
+    table = b"clut" + bytes(4) + struct.pack(">HH", 3, 3) + bytes([side] * 3 + [0] * 13)
+    table += struct.pack(">f", 0.5) * 3 * side**3
+    where = struct.pack(">II", 16 + 8 * steps, len(table)) * steps
+    tags.append((b"D2B0", b"mpet" + bytes(4) + struct.pack(">HHI", 3, 3, steps) + where + table))
+    at, head, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for tag, data in tags:
+        head += struct.pack(">4sII", tag, at + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    whole = profile[4:128] + head + body
+    return struct.pack(">I", len(whole) + 4) + whole
+
+
+def test_the_programs_of_a_profile_are_not_run() -> None:
+    grey = np.full((1, 1, 3), 55, np.uint8)
+    back = read_photo(image_bytes(grey, "PNG", icc_profile=programmed(linear_profile(), 1, 2)), LIMIT)
+    assert np.abs(back.astype(int) - 128).max() <= 1  # as its curves have it
+    bomb = image_bytes(grey, "PNG", icc_profile=programmed(linear_profile(), 30_000, 2))
+    assert len(bomb) < 3000
+    begun = time.monotonic()
+    assert np.array_equal(read_photo(bomb, LIMIT), back)
+    assert time.monotonic() - begun < 10  # it took a minute
+
+
+def test_a_profile_of_more_than_a_megabyte_counts() -> None:
+    profile = linear_profile()
+    long = struct.pack(">I", len(profile) + 2**21) + profile[4:] + bytes(2**21)
+    back = read_photo(image_bytes(np.full((1, 1, 3), 55, np.uint8), "PNG", icc_profile=long), LIMIT)
+    assert np.abs(back.astype(int) - 128).max() <= 1
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_truncated_image_is_a_clear_error(parrots: Photo, format: str, share: float) -> None:
@@ -149,11 +185,17 @@ def test_a_bomb_is_refused_from_its_header() -> None:
         read_photo(bomb(1001, 1000), LIMIT)
 
 
+def tiff_of(entries: dict[int, int], pixels: bytes, shapes: dict[int, tuple[int, int]] | None = None) -> bytes:
+    """A TIFF whose pixels begin at its eighth byte; `shapes` says of an entry its type and count, else a long."""
+    rows = (struct.pack("<HHII", tag, *(shapes or {}).get(tag, (4, 1)), value) for tag, value in entries.items())
+    directory = struct.pack("<H", len(entries)) + b"".join(rows) + bytes(4)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + directory
+
+
 def test_a_tile_larger_than_its_photo_is_refused_unread() -> None:
     pixels = zlib.compress(bytes(8192 * 8192))
     entries = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: 8192, 323: 8192, 324: 8, 325: len(pixels)}
-    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in entries.items())
-    tiled = struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + directory + bytes(4)
+    tiled = tiff_of(entries, pixels)
     assert read_photo(tiled, 8192 * 8192).shape == (64, 64, 3)
     with pytest.raises(TooManyPixels, match="8192x8192"):
         read_photo(tiled, LIMIT)
@@ -315,6 +357,15 @@ def test_an_upload_writes_no_warnings() -> None:
     assert (done.stdout, done.stderr) == (b"(8, 8, 3)\n", b"")
 
 
+@pytest.mark.parametrize(("depth", "pixels", "key"), [(1, 0b01000000, 0), (2, 0b01100000, 1), (4, 0b10001111, 8)])
+def test_a_transparent_level_of_few_bits_is_white(depth: int, pixels: int, key: int) -> None:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, 0, 0, 0, 0))
+    body = png_chunk(b"IDAT", zlib.compress(bytes([0, pixels]))) + png_chunk(b"IEND", b"")
+    png = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"tRNS", struct.pack(">H", key)) + body
+    shown = {1: 255, 2: 170, 4: 255}[depth]
+    assert read_photo(png, LIMIT)[0, :, 0].tolist() == [255, shown]
+
+
 def test_a_transparent_level_of_sixteen_bits_is_white() -> None:
     def png(colour_type: int, key: tuple[int, ...], pixels: bytes) -> bytes:
         header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, colour_type, 0, 0, 0))
@@ -330,11 +381,29 @@ def test_a_transparent_level_of_sixteen_bits_is_white() -> None:
     assert dark[0].tolist() == [[255, 255, 255], [0x34, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("bits", "form", "pixels", "levels"),
+    [
+        (12, 1, bytes([0xFF, 0xF8, 0x00]), [255, 128]), (16, 1, struct.pack("<2H", 65_535, 25_700), [255, 100]),
+        (32, 1, struct.pack("<2I", 2**32 - 1, 2**30), [255, 64]), (32, 2, struct.pack("<2i", 65_535, -7), [255, 0]),
+        (32, 3, struct.pack("<2f", 1, 0.5), [255, 128]),
+    ],
+)  # fmt: skip
+def test_grey_tiffs_of_other_depths_come_to_eight_bits(bits: int, form: int, pixels: bytes, levels: list[int]) -> None:
+    entries = {256: 2, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels), 339: form}
+    assert read_photo(tiff_of(entries, pixels), LIMIT)[0, :, 0].tolist() == levels
+
+
+@pytest.mark.parametrize(("extra", "grey"), [(1, 64), (2, 128)])
+def test_a_grey_tiff_is_laid_over_white_whether_multiplied_by_its_alpha_or_not(extra: int, grey: int) -> None:
+    two = 8 | 8 << 16  # of BitsPerSample, whose two shorts lie in the entry itself
+    entries = {256: 1, 257: 1, 258: two, 259: 1, 262: 1, 273: 8, 277: 2, 278: 1, 279: 2, 338: extra}
+    assert read_photo(tiff_of(entries, bytes([grey, 128]), {258: (3, 2)}), LIMIT)[0, 0].tolist() == [191] * 3
+
+
 def test_a_tiff_whose_zero_is_white_is_no_negative() -> None:
     entries = {256: 2, 257: 1, 258: 16, 259: 1, 262: 0, 273: 8, 277: 1, 278: 1, 279: 4}
-    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
-    tiff = struct.pack("<2sHI2H", b"II", 42, 12, 0, 65_535) + struct.pack("<H", len(entries)) + rows + bytes(4)
-    assert read_photo(tiff, LIMIT)[0, :, 0].tolist() == [255, 0]
+    assert read_photo(tiff_of(entries, struct.pack("<2H", 0, 65_535)), LIMIT)[0, :, 0].tolist() == [255, 0]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import signal
 import threading
+import weakref
 from pathlib import Path
 from typing import cast
 
@@ -65,8 +67,27 @@ def test_new_weights_under_a_known_name_are_refused(tmp_path: Path) -> None:
     name = engine.default.entry.name
     other = other_store(tmp_path / "other", name)
     with pytest.raises(StoreError, match="new weights need a new name"):
-        engine.refresh(ModelStore(other.folder))
+        engine.refresh(other.folder)
     assert engine.default.entry.sha256 == ModelStore(folder).index.models[0].sha256
+
+
+def test_a_reload_keeps_the_loaded_models_and_nothing_of_what_was_told_before(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    engine = Engine(copied_store(folder), "cpu")
+    name, same = engine.default.entry.name, engine.default
+    assert engine.refresh(folder) == []
+    assert engine.default is same
+    before, codec = weakref.ref(same), same.codec
+    index = json.loads((folder / "store.json").read_text())
+    index["models"][0]["measured"].pop()
+    (folder / "store.json").write_text(json.dumps(index))
+    assert engine.refresh(folder) == []
+    del same
+    gc.collect()
+    assert before() is None
+    now = engine.models[name]
+    assert len(now.entry.measured) == len(index["models"][0]["measured"])
+    assert vars(now)["codec"] is codec  # at hand, whatever else is being loaded
 
 
 def test_a_reload_asked_for_while_models_load_is_done_after() -> None:
