@@ -18,6 +18,7 @@ import asyncio
 import json
 import logging
 import os
+import random
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -42,7 +43,7 @@ ATTEMPTS = 1000
 """Of one call, within its deadline; the gateway then takes the frame up again."""
 
 PAUSE = 5.0
-"""Seconds before a frame is tried again that failed without being to blame."""
+"""Least seconds before a frame is tried again that failed without being to blame."""
 
 BLAMELESS = frozenset({"invalid-api-key", "not-found", "malformed-request", "unknown-model", "unexpected-answer"})
 """What the service, or something before it, says when the gateway is set up wrongly."""
@@ -279,7 +280,9 @@ class Gateway:
                     log.error("%s is refused: %s", path.name, error)
             else:
                 log.warning("%s waits: %s", path.name, error)
-                await asyncio.sleep(PAUSE)
+                await asyncio.sleep(
+                    max(PAUSE, error.retry_after) * random.uniform(1, 1.5)
+                )  # or all cameras come at once
             return
         if await asyncio.to_thread(self._conclude, path, state, {self.out / f"{name}.lmp": done.bitstream}):
             said = {"frame": name, "bytes": len(done.bitstream), "rate": done.rate, "found": done.degradations}

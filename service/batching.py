@@ -3,7 +3,8 @@
 It is work-conserving: while the device is busy, items gather in buckets of equal key; when it frees, the bucket with
 the oldest head goes, first in first out, up to the caps. No timer forms a batch before the device is free, so batches
 grow with the load by themselves. A batch that fails is halved and tried again until the bad item stands alone. The
-queue is bounded in items and in bytes, and what was cancelled or came too late is dropped just before launch.
+queue is bounded in items and in bytes. What was cancelled, came too late or, at the pace of late, would not be done in
+time is dropped just before launch: else an overloaded device would work on nothing but what is about to expire.
 A batch for which nobody waits any more can tell so, and end early.
 """
 
@@ -31,7 +32,7 @@ class QueueFull(RuntimeError):
 
 
 class DeadlineExceeded(TimeoutError):
-    """The item's deadline passed before its turn came."""
+    """The item's deadline passed before its turn came, or was too near for it."""
 
 
 class DeviceBroken(RuntimeError):
@@ -112,6 +113,7 @@ class Batcher(Generic[Item, Result]):
         self._pumping = False
         self._wake: asyncio.TimerHandle | None = None
         self._seconds_per_item = 0.0
+        self._seconds = self._pixels = 0.0  # of batches that were finished, the late ones counting most
         self.waiting_items = 0
         self.waiting_bytes = 0
         self.broken: DeviceBroken | None = None
@@ -219,35 +221,49 @@ class Batcher(Generic[Item, Result]):
         self._pump()
 
     def _take(self, key: Hashable) -> list[_Entry[Item, Result]]:
-        """The next batch of a bucket, without what was cancelled or is too late."""
-        bucket, pixels = self._buckets[key], 0
+        """The next batch of a bucket, without what was cancelled or is too late; no larger than its deadlines allow."""
+        bucket, pixels, deadline = self._buckets[key], 0, math.inf
         batch: list[_Entry[Item, Result]] = []
         while bucket and len(batch) < self._limits.batch_items:
             entry = bucket[0]
-            if batch and pixels + entry.pixels > self._limits.batch_pixels:
-                break
+            # Where nothing runs there is nothing to lose, and an estimate that was too high can mend.
+            if self._alive(entry, self._needed(entry.pixels) if batch or self._running else 0.0):
+                more, earliest = pixels + entry.pixels, min(deadline, entry.deadline)
+                if batch and (more > self._limits.batch_pixels or self._clock() + self._needed(more) > earliest):
+                    break
+                batch.append(entry)
+                pixels, deadline = more, earliest
             bucket.popleft()
             self._count(entry, -1)
-            if self._alive(entry):
-                batch.append(entry)
-                pixels += entry.pixels
         if not bucket:
             del self._buckets[key]
         return batch
 
-    def _alive(self, entry: _Entry[Item, Result]) -> bool:
+    def _needed(self, pixels: int) -> float:
+        """Seconds from launch to result for so many pixels, at the pace of late."""
+        return pixels * self._seconds / self._pixels if self._pixels else 0.0
+
+    def _alive(self, entry: _Entry[Item, Result], needed: float = 0.0) -> bool:
+        """Whether somebody waits for it who would have it in time, if it takes so many seconds."""
         if entry.future.done():
             return False
-        if self._clock() > entry.deadline:
-            entry.future.set_exception(DeadlineExceeded("the deadline passed before the device was free"))
+        left = entry.deadline - self._clock()
+        if left < needed:
+            said = "the deadline passed before the device was free" if left < 0 else "too little time is left for it"
+            entry.future.set_exception(DeadlineExceeded(said))
             return False
         return True
 
     async def _run(self, key: Hashable, batch: list[_Entry[Item, Result]]) -> None:
         launched = self._clock()
         await self._attempt(key, batch, launched)
-        share = (self._clock() - launched) / len(batch) / self._limits.in_flight
+        if not any(_delivered(entry) for entry in batch):  # what was given up tells nothing of the pace
+            return
+        seconds = self._clock() - launched
+        share = seconds / len(batch) / self._limits.in_flight
         self._seconds_per_item += 0.2 * (share - self._seconds_per_item) if self._seconds_per_item else share
+        self._seconds = 0.8 * self._seconds + seconds
+        self._pixels = 0.8 * self._pixels + sum(entry.pixels for entry in batch)
 
     async def _attempt(self, key: Hashable, batch: list[_Entry[Item, Result]], launched: float) -> None:
         try:
@@ -288,6 +304,10 @@ class Batcher(Generic[Item, Result]):
 
 def _awaited(batch: Sequence[_Entry[Item, Result]]) -> bool:
     return not all(entry.future.done() for entry in batch)
+
+
+def _delivered(entry: _Entry[Item, Result]) -> bool:
+    return entry.future.done() and not entry.future.cancelled() and entry.future.exception() is None
 
 
 def _fail(entry: _Entry[Item, Result], error: Exception) -> None:

@@ -32,11 +32,20 @@ class LimpidError(Exception):
         status: HTTP status, None where no answer came.
         detail: what was expected and what came, in the service's words.
         request_id: to find the request in the service's log.
+        retry_after: seconds that the last answer asked to wait before the next attempt.
     """
 
-    def __init__(self, kind: str, detail: str, status: int | None = None, request_id: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        detail: str,
+        status: int | None = None,
+        request_id: str | None = None,
+        retry_after: float = 0.0,
+    ) -> None:
         super().__init__(f"{kind}: {detail}")
         self.kind, self.detail, self.status, self.request_id = kind, detail, status, request_id
+        self.retry_after = retry_after
 
 
 class RequestRefused(LimpidError):
@@ -128,7 +137,8 @@ class Call:
 
     def arguments(self) -> dict[str, Any]:
         self.attempt += 1
-        headers = {**self.headers, "Limpid-Timeout": f"{self.left():.3f}"}
+        # A little less than is left, so that the service's 504 arrives before the wait for it ends.
+        headers = {**self.headers, "Limpid-Timeout": f"{self.left() - min(1.0, self.left() / 10):.3f}"}
         if isinstance(self.body, Path):  # else it would go out chunked, its length unsaid
             headers["Content-Length"] = str(self.body.stat().st_size)
         elif isinstance(self.body, bytes):
@@ -145,7 +155,8 @@ class Call:
         backoff = min(self.policy.backoff_max, self.policy.backoff * 2.0 ** min(self.attempt - 1, 64))
         pause = backoff * (0.5 + 0.5 * random.random())
         if isinstance(outcome, httpx.Response):
-            pause = max(pause, retry_after(outcome.headers.get("retry-after")))
+            asked = retry_after(outcome.headers.get("retry-after"))
+            pause = max(pause, asked * (1 + 0.5 * random.random()))  # or all that were refused return at once
         if self.attempt >= self.policy.attempts or self.clock() + pause >= self._ends:
             return None
         return pause
@@ -205,7 +216,8 @@ def finish(outcome: httpx.Response | httpx.RequestError) -> httpx.Response:
     error = types.get(status, RequestRefused if refused else ServiceUnavailable)
     if kind == "unmeetable-budget":
         error = BudgetUnmeetable
-    raise error(kind, detail, status, outcome.headers.get("x-request-id"))
+    headers = outcome.headers
+    raise error(kind, detail, status, headers.get("x-request-id"), retry_after(headers.get("retry-after")))
 
 
 def compress_call(

@@ -93,7 +93,7 @@ class Client:
         self._async = AsyncClient(url, api_key, policy, transport)
         self.policy = self._async.policy
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._starting = threading.Lock()
+        self._starting, self._closed = threading.Lock(), False
         self._process = os.getpid()
 
     def __enter__(self) -> Client:
@@ -104,6 +104,8 @@ class Client:
 
     def close(self) -> None:
         """Ends it; whoever still waits gets an error."""
+        with self._starting:
+            self._closed = True
         if self._loop and self._is_running():
             asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result()
             self._stop()
@@ -168,7 +170,9 @@ class Client:
         return variants_of(self._send(Call("GET", "/variants", policy or self.policy)))
 
     def _send(self, call: Call) -> httpx.Response:
-        under_way = asyncio.run_coroutine_threadsafe(self._async.send(call), self._running())
+        with self._starting:  # so that `close` comes before it, or knows of it
+            loop = self._running()
+            under_way = asyncio.run_coroutine_threadsafe(self._async.send(call), loop)
         try:
             return under_way.result()
         except CancelledError:
@@ -177,18 +181,17 @@ class Client:
             under_way.cancel()  # where Ctrl-C ended the wait
 
     def _running(self) -> asyncio.AbstractEventLoop:
-        """The loop, which the first call starts."""
-        with self._starting:
-            if self._loop is None:
-                self._loop, self._process = asyncio.new_event_loop(), os.getpid()
-                thread = threading.Thread(target=_work, args=(self._loop,), name="limpid-client", daemon=True)
-                thread.start()
-                self._stop = weakref.finalize(self, _stop, self._loop, thread)
-                self._stop.atexit = False
+        """The loop, which the first call starts; for whoever holds the lock."""
+        if self._closed:
+            raise RuntimeError("expected an open client, it was closed")
+        if self._loop is None:
+            self._loop, self._process = asyncio.new_event_loop(), os.getpid()
+            thread = threading.Thread(target=_work, args=(self._loop,), name="limpid-client", daemon=True)
+            thread.start()
+            self._stop = weakref.finalize(self, _stop, self._loop, thread)
+            self._stop.atexit = False
         if self._process != os.getpid():
             raise RuntimeError("expected a client that this process used first: make one after the fork")
-        if self._loop.is_closed():
-            raise RuntimeError("expected an open client, it was closed")
         return self._loop
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import selectors
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 
@@ -192,6 +194,119 @@ def test_an_expired_item_is_told_so_and_not_run() -> None:
             await tasks[1]
         assert (await tasks[2]).result == 20
         assert [items for _, items in device.launches] == [[0], [2]]
+
+    simulate(scenario)
+
+
+def test_what_would_not_be_done_in_time_is_not_begun() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make(in_flight=2, batch_items=1)
+        tasks = [submit(batcher, 0, pixels=10)]
+        await device.step(10)  # a second per pixel
+        tasks += [submit(batcher, item, pixels=10) for item in (1, 2)]
+        await settle()
+        tasks += [submit(batcher, 3, pixels=10, deadline=20), submit(batcher, 4, pixels=10, deadline=40)]
+        await device.step(5)  # at 15, and 0.7 seconds per pixel by now
+        with pytest.raises(DeadlineExceeded, match="too little time"):
+            await tasks[3]
+        await device.finish()
+        assert [(await task).result for task in (*tasks[:3], tasks[4])] == [0, 10, 20, 40]
+        assert [items for _, items in device.launches] == [[0], [1], [2], [4]]
+        alone = submit(batcher, 5, pixels=10**6, deadline=device.now + 1)  # the pace may be wrong, and nothing is lost
+        await device.finish()
+        assert (await alone).result == 50
+
+    simulate(scenario)
+
+
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    """Where waiting takes no time."""
+
+    def __init__(self) -> None:
+        selector = selectors.SelectSelector()
+        super().__init__(selector)
+        self.now, look = 0.0, selector.select
+
+        def select(timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+            self.now += timeout or 0.0
+            return look(0)
+
+        selector.select = select  # type: ignore[method-assign]
+
+    def time(self) -> float:
+        return self.now
+
+
+def test_an_overloaded_device_works_on_what_somebody_gets() -> None:
+    """64 cameras with a photo each under way, 1.3 seconds a photo and 60 seconds of patience: 83 would be needed."""
+    chance, done = random.Random(1), 0
+
+    async def main() -> None:
+        device, clock = asyncio.Lock(), asyncio.get_running_loop().time
+
+        async def run(_: Hashable, items: Sequence[int], awaited: Callable[[], bool]) -> Sequence[int]:
+            async with device:
+                for _ in range(4 * len(items)):
+                    if not awaited():
+                        raise RuntimeError("nobody waits")
+                    await asyncio.sleep(1.3 / 4 * chance.uniform(0.85, 1.15))
+            return items
+
+        batcher = Batcher(run, Limits(), clock)
+
+        async def camera() -> None:
+            nonlocal done
+            await asyncio.sleep(30 * chance.random())
+            while clock() < 1200:
+                try:
+                    async with asyncio.timeout(60):
+                        await batcher.submit(0, "1920x1080", pixels=2_100_000, deadline=clock() + 60)
+                    done += clock() > 120
+                except TimeoutError:
+                    await asyncio.sleep(chance.uniform(2, 8))
+
+        await asyncio.gather(*(camera() for _ in range(64)))
+
+    with asyncio.Runner(loop_factory=SimulatedLoop) as runner:
+        runner.run(main())
+    assert 1.3 * done > 0.85 * (1200 - 120)  # 0.14 where what is about to expire is begun
+
+
+def test_a_batch_grows_no_larger_than_its_deadlines_allow() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make()
+        tasks = [submit(batcher, 0, pixels=10)]
+        await device.step(10)
+        tasks.append(submit(batcher, 1, pixels=10))
+        await settle()
+        tasks += [submit(batcher, item, pixels=10, deadline=45 if item == 3 else 1000) for item in range(2, 6)]
+        await device.step(10)  # at 20: two of them would be done at 40, three at 50
+        await device.finish()
+        assert [(await task).result for task in tasks] == [0, 10, 20, 30, 40, 50]
+        assert [items for _, items in device.launches] == [[0], [1], [2, 3], [4, 5]]
+
+    simulate(scenario)
+
+
+def test_what_was_given_up_tells_nothing_of_the_pace() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make(queue_items=4, batch_items=1)
+        first = submit(batcher, 0)
+        await device.step(3)
+        assert (await first).result == 0
+        device.poison = {1}
+        for _ in range(5):
+            given_up = submit(batcher, 1)
+            await settle()
+            given_up.cancel()
+            await device.step(0.01)
+        waiting = [submit(batcher, 2)]
+        await settle()
+        waiting += [submit(batcher, item) for item in range(3, 7)]
+        await settle()
+        assert batcher.retry_after() == 12
+        await device.finish()
+        assert [(await task).result for task in waiting] == [20, 30, 40, 50, 60]
 
     simulate(scenario)
 

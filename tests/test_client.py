@@ -154,6 +154,47 @@ def test_an_answer_without_words_is_told_by_its_status() -> None:
         assert error.detail == "status 308, to https://x/compress"
 
 
+def test_the_service_says_that_time_is_up_before_the_client_stops_listening() -> None:
+    async def answer(request: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(float(request.headers["limpid-timeout"]) + 0.005)
+        return problem(504, "deadline-exceeded", **{"x-request-id": "late"})
+
+    with (
+        Client("http://x", policy=Policy(deadline=1), transport=httpx.MockTransport(answer)) as c,
+        pytest.raises(DeadlineExceeded) as caught,
+    ):
+        c.compress(b"photo")
+    assert caught.value.request_id == "late"
+
+
+def test_those_that_were_sent_away_together_do_not_return_together() -> None:
+    busy = problem(429, "queue-full", **{"retry-after": "10"})
+    pauses = [Call("GET", "/variants", Policy(), attempt=1).pause_after(busy) or 0 for _ in range(200)]
+    assert min(pauses) >= 10
+    assert max(pauses) <= 15
+    assert max(pauses) - min(pauses) > 3
+
+
+def test_a_call_beside_the_end_of_its_client_ends_too() -> None:
+    for _ in range(20):
+        client = Client("http://x", transport=httpx.MockTransport(lambda _: httpx.Response(200, json={"models": []})))
+        client.variants()
+
+        def on_and_on(client: Client = client) -> None:
+            with suppress(RuntimeError, LimpidError):
+                while True:
+                    client.variants()
+
+        threads = [threading.Thread(target=on_and_on, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.005)
+        client.close()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
 def test_patience_may_be_endless() -> None:
     call = Call("GET", "/variants", Policy(deadline=10**6, attempts=10**6), attempt=5000)
     assert 0 < (call.pause_after(httpx.ConnectError("down")) or 0) <= Policy().backoff_max
@@ -171,9 +212,10 @@ def test_retry_after_is_obeyed_and_never_past_the_deadline() -> None:
     late = [problem(429, "queue-full", **{"retry-after": "30"})]
     with (
         Client("http://x", policy=hurry, transport=httpx.MockTransport(Script(*late))) as c,
-        pytest.raises(ServiceBusy),
+        pytest.raises(ServiceBusy) as caught,
     ):
         c.compress(b"photo")
+    assert caught.value.retry_after == 30
     assert time.monotonic() - started < 1
 
 
