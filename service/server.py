@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app, reload_store
+from service.connection import Connection
 from service.logs import set_up_logging
 from service.settings import Settings
 from service.state import Service
@@ -96,6 +97,7 @@ def serve(settings: Settings) -> None:
         app,
         host=settings.host,
         port=settings.port,
+        http=Connection,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=5,
