@@ -147,6 +147,25 @@ def test_clipped_symbols_are_restored_across_groups() -> None:
     assert listed.within(4, 2).apply(clipped[1]).tolist() == symbols[1].tolist()
 
 
+def test_a_decoder_that_is_written_from_the_page_reads_the_payload() -> None:
+    """docs/bitstream.md, "The payload"."""
+    tables = GuardedTables(logistic_tables(np.array([0.0, 8.0, -3.5]), np.array([0.05, 1.0, 5.0])))
+    rows = np.arange(3000, dtype=np.int32) % 3
+    symbols = tables.clip(np.random.default_rng(1).integers(-40, 40, 3000).astype(np.int32), rows)
+    encoder = Encoder()
+    encoder.add(symbols, rows, tables)
+    words = iter(np.frombuffer(encoder.finish(), "<u4").tolist())
+    x, found = next(words) + (next(words) << 32), []
+    for row in rows:
+        cdf, v = tables.rows[row], x & 0xFFFF
+        k = max(index for index in range(tables.sizes[row]) if cdf[index] <= v)
+        found.append(tables.offsets[row] + k)
+        x = (cdf[k + 1] - cdf[k]) * (x >> 16) + v - cdf[k]
+        if x < 2**31:
+            x = x << 32 | next(words, 0)
+    assert found == symbols.tolist()
+
+
 def test_tables_sum_to_one_and_leave_no_symbol_without_mass() -> None:
     for tables in (gaussian_tables(), logistic_tables(np.array([0.0, 80.0, -3.5]), np.array([0.05, 1.0, 50.0]))):
         for row, size in zip(tables.cdf, tables.size):
