@@ -54,16 +54,17 @@ class Batches:
     change between batches.
 
     Args:
+        toned: share of the photographs that are darker, brighter or flatter, and still clean.
         one_kind: per batch. A hazy photo's gradient is 13 times as long as a clean one's; of both in one batch,
             clipped, next to nothing of the latter would be left.
     """
 
     def __init__(
         self, pool: Pool, size: int, crop: int, device: torch.device, seed: int,
-        shares: Mapping[Kind, float] = KIND_SHARES, one_kind: bool = False,
+        shares: Mapping[Kind, float] = KIND_SHARES, one_kind: bool = False, toned: float = 0.35,
     ) -> None:  # fmt: skip
         self.pool, self.size, self.crop, self.device = pool, size, crop, device
-        self.shares, self.one_kind = shares, one_kind
+        self.shares, self.one_kind, self.toned = shares, one_kind, toned
         self.choices = torch.Generator().manual_seed(seed)
         self.damage = torch.Generator(device).manual_seed(seed + 1)
         cuda = device.type == "cuda"
@@ -107,7 +108,7 @@ class Batches:
             yield batch
 
     def _drawn(self) -> Batch:
-        clean = tone_jittered(self.pool.crops(self.size, self.crop, self.choices), self.choices)
+        clean = tone_jittered(self.pool.crops(self.size, self.crop, self.choices), self.choices, self.toned)
         kinds = [self._kinds()] * self.size if self.one_kind else [self._kinds() for _ in range(self.size)]
         # Stratified: every batch spreads over the rate points.
         start = torch.rand(1, generator=self.choices)

@@ -37,7 +37,7 @@ def _downsampled(photo: Tensor) -> Tensor:
     return F.avg_pool2d(photo[None].float(), 2)[0].round().to(torch.uint8)
 
 
-def tone_jittered(x: Tensor, generator: torch.Generator, share: float = 0.35) -> Tensor:
+def tone_jittered(x: Tensor, generator: torch.Generator, share: float) -> Tensor:
     """A share of clean crops (B, 3, H, W) darker, brighter or flatter than they were, and still clean.
 
     A dull sky or a dim room is no degradation; without these a model learns to brighten and stretch whatever is flat.

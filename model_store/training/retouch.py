@@ -48,6 +48,9 @@ _DRAWN_SIDES, _DRAWN_PIXELS = (32, 64, 128, 224, 320), 2 * 224**2
 _ENOUGH = 0.1
 """Bits per pixel of lambda D + R below which a picture is good enough: plain ones come to 0.02."""
 
+_HELD_TONED = 0.7
+"""Share of the held photographs that are dim, bright or dull: whoever learns darkness or haze takes them for it."""
+
 _MOST_DRAWN = 8
 
 _LOG_EVERY = 25
@@ -107,7 +110,7 @@ def retouch(
     others = {kind: share for kind, share in KIND_SHARES.items() if kind not in learn}
     scale = sum(KIND_SHARES.values()) / sum(others.values())  # mixtures stay as rare as they were
     shares = {kind: share * scale for kind, share in others.items()}
-    photographs = iter(Batches(pool, batch, crop, where, seed, shares))
+    photographs = iter(Batches(pool, batch, crop, where, seed, shares, toned=_HELD_TONED))
     wrong = dict.fromkeys(learn, 1 / max(1, len(learn)))
     damaged = iter(Batches(pool, batch, crop, where, seed + 4, wrong, one_kind=True))
     drawings = Batches(Drawings(where), 1, crop, where, seed + 2, DRAWN_SHARES)

@@ -87,11 +87,13 @@ def test_what_is_learned_is_not_held(
     start: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Mapping[Kind, float]] = []
+    toned: list[float] = []
 
     class Told(Batches):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             asked.append(self.shares)
+            toned.append(self.toned)
 
     monkeypatch.setattr(retouch, "Batches", Told)
     retouched(start, photos, tmp_path / "rain", Kind.RAIN, Kind.RAIN)
@@ -99,6 +101,7 @@ def test_what_is_learned_is_not_held(
     assert held.keys() == KIND_SHARES.keys() - {Kind.RAIN}
     assert sum(held.values()) == pytest.approx(sum(KIND_SHARES.values()))
     assert damaged == {Kind.RAIN: 1}
+    assert toned[0] > toned[1]  # a dim scene is no dark photo
     assert drawn == DRAWN_SHARES
     record = torch.load(tmp_path / "rain" / "checkpoint.pt", weights_only=True)["record"]
     assert record["learn"] == "rain"
