@@ -280,9 +280,8 @@ class Gateway:
                     log.error("%s is refused: %s", path.name, error)
             else:
                 log.warning("%s waits: %s", path.name, error)
-                await asyncio.sleep(
-                    max(PAUSE, error.retry_after) * random.uniform(1, 1.5)
-                )  # or all cameras come at once
+                pause = max(PAUSE, error.retry_after)
+                await asyncio.sleep(pause * random.uniform(1, 1.5))  # or all cameras come at once
             return
         if await asyncio.to_thread(self._conclude, path, state, {self.out / f"{name}.lmp": done.bitstream}):
             said = {"frame": name, "bytes": len(done.bitstream), "rate": done.rate, "found": done.degradations}
