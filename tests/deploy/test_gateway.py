@@ -251,11 +251,11 @@ def test_a_new_frame_of_a_known_name_is_sent_once_and_takes_nothing_away(tmp_pat
     service, out, path = Service(), tmp_path / "out", tmp_path / "snapshot.jpg"
     frames, written = (b"one", b"bad", b"two", b"two"), 0
 
-    def all_settled() -> bool:
-        """Writes each frame once what became of those before lies where it should."""
+    def all_settled(gateway: Gateway) -> bool:
+        """Writes each frame once what became of those before lies where it should, and nothing is under way."""
         nonlocal written
         settled = len([*out.glob("*.lmp"), *(out / "refused").glob("*.jpg")])
-        if settled < written or (delete and path.exists()):
+        if settled < written or gateway._under_way or (delete and path.exists()):
             return False
         if written == len(frames):
             return True
@@ -265,7 +265,8 @@ def test_a_new_frame_of_a_known_name_is_sent_once_and_takes_nothing_away(tmp_pat
 
     async def work() -> None:
         async with service.client() as limpid:
-            await run_until(all_settled, Gateway(limpid, tmp_path, out, {}, 1, delete), 0.02)
+            gateway = Gateway(limpid, tmp_path, out, {}, 1, delete)
+            await run_until(lambda: all_settled(gateway), gateway, 0.02)
 
     asyncio.run(work())
     assert service.sent == [b"one", b"bad", b"two", b"two"]
