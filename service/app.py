@@ -119,7 +119,7 @@ async def reload_store(service: Service) -> None:
         return
     engine = service.ready.engine
     try:
-        added = await asyncio.to_thread(lambda: engine.refresh(service.settings.store))
+        added = await asyncio.to_thread(engine.refresh, service.settings.store)
     except Exception:
         log.exception("the store could not be reloaded; the models stay as they were")
         metrics.store_reloads.labels("failed").inc()

@@ -138,12 +138,13 @@ class Call:
     def arguments(self) -> dict[str, Any]:
         self.attempt += 1
         # A little less than is left, so that the service's 504 arrives before the wait for it ends.
-        headers = {**self.headers, "Limpid-Timeout": f"{self.left() - min(1.0, self.left() / 10):.3f}"}
+        left = self.left()
+        headers = {**self.headers, "Limpid-Timeout": f"{left - min(1.0, left / 10):.3f}"}
         if isinstance(self.body, Path):  # else it would go out chunked, its length unsaid
             headers["Content-Length"] = str(self.body.stat().st_size)
         elif isinstance(self.body, bytes):
             headers["Content-Length"] = str(len(self.body))
-        return {"params": dict(self.params), "headers": headers, "timeout": self.left()}
+        return {"params": dict(self.params), "headers": headers, "timeout": left}
 
     def too_late(self) -> httpx.TimeoutException:
         return httpx.TimeoutException(f"not done within {self.policy.deadline:g} seconds")
@@ -156,7 +157,7 @@ class Call:
         pause = backoff * (0.5 + 0.5 * random.random())
         if isinstance(outcome, httpx.Response):
             asked = retry_after(outcome.headers.get("retry-after"))
-            pause = max(pause, asked * (1 + 0.5 * random.random()))  # or all that were refused return at once
+            pause = max(pause, asked * random.uniform(1, 1.5))  # or all that were refused return at once
         if self.attempt >= self.policy.attempts or self.clock() + pause >= self._ends:
             return None
         return pause

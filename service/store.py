@@ -73,8 +73,8 @@ class StoreIndex(BaseModel):
     models: list[ModelEntry]
 
 
-def _as_json(index: StoreIndex) -> bytes:
-    return index.model_dump_json(indent=2).encode() + b"\n"
+def _write_index(folder: Path, index: StoreIndex) -> None:
+    write_whole(folder / STORE_FILE, index.model_dump_json(indent=2).encode() + b"\n")
 
 
 class ModelStore:
@@ -118,8 +118,7 @@ class ModelStore:
         source.load(entry, torch.device("cpu"))
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / entry.file, (source.folder / entry.file).read_bytes())
-        index = StoreIndex(default=name, models=[entry])
-        write_whole(folder / STORE_FILE, _as_json(index))
+        _write_index(folder, StoreIndex(default=name, models=[entry]))
         return cls(folder)
 
     def entry(self, name: str) -> ModelEntry:
@@ -169,7 +168,7 @@ class ModelStore:
         return ModelStore(self.folder).index
 
     def _write(self, index: StoreIndex) -> None:
-        write_whole(self.folder / STORE_FILE, _as_json(index))
+        _write_index(self.folder, index)
         self.index = index
 
     def load(self, entry: ModelEntry, device: torch.device, dtype: torch.dtype = torch.float32) -> ShippedCodec:

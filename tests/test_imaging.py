@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -357,22 +358,22 @@ def test_an_upload_writes_no_warnings() -> None:
     assert (done.stdout, done.stderr) == (b"(8, 8, 3)\n", b"")
 
 
+def keyed_png(depth: int, colour_type: int, key: tuple[int, ...], pixels: bytes) -> bytes:
+    """Two pixels side by side, and a level or colour that is transparent."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, colour_type, 0, 0, 0))
+    transparent = png_chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+    body = png_chunk(b"IDAT", zlib.compress(b"\0" + pixels)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + transparent + body
+
+
 @pytest.mark.parametrize(("depth", "pixels", "key"), [(1, 0b01000000, 0), (2, 0b01100000, 1), (4, 0b10001111, 8)])
 def test_a_transparent_level_of_few_bits_is_white(depth: int, pixels: int, key: int) -> None:
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, 0, 0, 0, 0))
-    body = png_chunk(b"IDAT", zlib.compress(bytes([0, pixels]))) + png_chunk(b"IEND", b"")
-    png = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"tRNS", struct.pack(">H", key)) + body
     shown = {1: 255, 2: 170, 4: 255}[depth]
-    assert read_photo(png, LIMIT)[0, :, 0].tolist() == [255, shown]
+    assert read_photo(keyed_png(depth, 0, (key,), bytes([pixels])), LIMIT)[0, :, 0].tolist() == [255, shown]
 
 
 def test_a_transparent_level_of_sixteen_bits_is_white() -> None:
-    def png(colour_type: int, key: tuple[int, ...], pixels: bytes) -> bytes:
-        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, colour_type, 0, 0, 0))
-        transparent = png_chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
-        body = png_chunk(b"IDAT", zlib.compress(b"\0" + pixels)) + png_chunk(b"IEND", b"")
-        return b"\x89PNG\r\n\x1a\n" + header + transparent + body
-
+    png = partial(keyed_png, 16)
     grey = read_photo(png(0, (30_000,), struct.pack(">2H", 30_000, 25_700)), LIMIT)
     assert grey[0, :, 0].tolist() == [255, 100]
     colour = read_photo(png(2, (0x1234, 0x3456, 0x5678), struct.pack(">6H", 0x1234, 0x3456, 0x5678, 0, 0, 0)), LIMIT)

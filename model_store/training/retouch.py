@@ -100,9 +100,10 @@ def retouch(
     model.to(where).to(memory_format=torch.channels_last).requires_grad_(False)
     before = copy.deepcopy(model.g_a)
     begun = weights_to_start_from(start_from, model.config)
-    model.g_a.load_state_dict({name.removeprefix("g_a."): w for name, w in begun.items() if name.startswith("g_a.")})
+    # But for its gain, which integers of the entropy model follow.
+    learned = {name: w for name, w in begun.items() if name.startswith("g_a.") and not name.startswith("g_a.gain.")}
+    model.load_state_dict(learned, strict=False)
     model.g_a.requires_grad_(True)
-    model.g_a.gain.load_state_dict(before.gain.state_dict())  # integers of the entropy model follow it
     model.g_a.gain.requires_grad_(False)
     learning = [parameter for parameter in model.g_a.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learning, lr=lr, betas=(0.9, 0.98))

@@ -306,7 +306,7 @@ def test_a_stream_can_be_thinned() -> None:
     assert 1 <= len(others) <= 2
 
 
-@pytest.mark.parametrize(("effort", "most"), [(None, 0), (4, 8), (4, 3), (1, None)])
+@pytest.mark.parametrize(("effort", "most"), [(0, 0), (None, 0), (4, 8), (4, 3), (1, None)])
 @pytest.mark.parametrize("model", [None, "edge-8", "edge-7"])
 def test_what_the_service_does_not_offer_is_told_at_once(
     caplog: pytest.LogCaptureFixture, effort: int | None, most: int | None, model: str | None
