@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import cast
@@ -60,17 +60,29 @@ def _start_series(service: Service) -> None:
     for effort in range(MOST_EFFORT + 1):
         metrics.efforts.labels(str(effort))
     for operation in OPERATIONS.values():
-        for status in {200, CLIENT_GONE, *(problem.status for problem in KINDS if problem.status >= 500)}:
+        for status in {200, CLIENT_GONE, *(problem.status for problem in KINDS)}:
             metrics.requests.labels(operation, str(status))
         for stage in STAGES[operation]:
             metrics.stage_seconds.labels(operation, stage)
         metrics.in_progress.labels(operation)
+        for histogram in (metrics.request_seconds, metrics.request_bytes, metrics.response_bytes):
+            histogram.labels(operation)
     for phase in PHASES:
         metrics.disconnects.labels(phase)
     for reason in ("out-of-memory", "error"):
         metrics.batch_retries.labels(reason)
     for outcome in ("done", "failed"):
         metrics.store_reloads.labels(outcome)
+
+
+def _start_models(service: Service, engine: Engine, names: Iterable[str]) -> None:
+    """The same for the series of models, and tell that they are loaded."""
+    metrics = service.metrics
+    for name in names:
+        metrics.model_loaded.labels(name, str(engine.device)).set(1)
+        for operation in STAGES:
+            for series in (metrics.pixels, metrics.bitstream_bytes, metrics.image_bytes, metrics.batch_size):
+                series.labels(operation, name)
 
 
 async def _bring_up(service: Service) -> None:
@@ -86,10 +98,10 @@ async def _bring_up(service: Service) -> None:
     batcher = _batcher(engine, service)
     service.ready = Ready(engine, batcher, threads)
     metrics = service.metrics
-    for name in engine.models:
-        metrics.model_loaded.labels(name, str(engine.device)).set(1)
+    _start_models(service, engine, engine.models)
     metrics.queue_items.set_function(lambda: batcher.waiting_items)
     metrics.queue_bytes.set_function(lambda: batcher.waiting_bytes)
+    metrics.batches.set_function(lambda: batcher.running)
     fields = {"models": list(engine.models), "device": str(engine.device), "precision": engine.precision}
     log.info("ready", extra={"fields": fields})
     await _reload_if_asked(service)
@@ -124,8 +136,7 @@ async def reload_store(service: Service) -> None:
         log.exception("the store could not be reloaded; the models stay as they were")
         metrics.store_reloads.labels("failed").inc()
         return
-    for name in added:
-        metrics.model_loaded.labels(name, str(engine.device)).set(1)
+    _start_models(service, engine, added)
     metrics.store_reloads.labels("done").inc()
     log.info("store reloaded", extra={"fields": {"added": added, "default": engine.default.entry.name}})
 

@@ -3,8 +3,9 @@
 It is work-conserving: while the device is busy, items gather in buckets of equal key; when it frees, the bucket with
 the oldest head goes, first in first out, up to the caps. No timer forms a batch before the device is free, so batches
 grow with the load by themselves. A batch that fails is halved and tried again until the bad item stands alone. The
-queue is bounded in items and in bytes. What was cancelled, came too late or, at the pace of late, would not be done in
-time is dropped just before launch: else an overloaded device would work on nothing but what is about to expire.
+queue is bounded in items, in bytes and in time: what would come too late, at the pace of late, behind what waits is
+refused at once. What was cancelled, came too late or would not be done in time after all is dropped just before launch:
+else an overloaded device would work on nothing but what is about to expire.
 A batch for which nobody waits any more can tell so, and end early.
 """
 
@@ -22,9 +23,13 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_MARGIN = 1.25
+"""An item is refused where so many times the seconds that it should take, with what is ahead of it, are not left."""
+
 
 class QueueFull(RuntimeError):
-    """As many items, or bytes, wait as the queue holds. `retry_after`: seconds until that many have drained."""
+    """As many items or bytes wait as the queue holds, or as the item has time for. `retry_after`: seconds until they
+    have drained."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -116,6 +121,7 @@ class Batcher(Generic[Item, Result]):
         self._seconds = self._pixels = 0.0  # of batches that were finished, the late ones counting most
         self.waiting_items = 0
         self.waiting_bytes = 0
+        self._pixels_ahead = 0  # of all that wait or run
         self.broken: DeviceBroken | None = None
 
     async def submit(
@@ -144,6 +150,9 @@ class Batcher(Generic[Item, Result]):
             raise QueueFull(f"{self.waiting_items} requests wait already, the most that may", self.retry_after())
         if not begun and self.waiting_items and self.waiting_bytes + bytes > limits.queue_bytes:
             raise QueueFull(f"{self.waiting_bytes} bytes wait already, too many to add {bytes}", self.retry_after())
+        ahead = self._pixels_ahead / limits.in_flight
+        if not begun and self.waiting_items and self._clock() + _MARGIN * self._needed(ahead + pixels) > deadline:
+            raise QueueFull("what waits already leaves too little time before the deadline", self.retry_after())
         entry: _Entry[Item, Result] = _Entry(
             item, key, pixels, bytes, deadline, self._clock(), next(self._order), asyncio.Future()
         )
@@ -163,11 +172,17 @@ class Batcher(Generic[Item, Result]):
         """Whole seconds, 1 to 60, in which what waits now will have drained at the measured rate."""
         return min(60, max(1, math.ceil(self.waiting_items * self._seconds_per_item)))
 
+    @property
+    def running(self) -> int:
+        """Batches that the runner has and has not given back."""
+        return len(self._running)
+
     # --- inside ---
 
     def _count(self, entry: _Entry[Item, Result], sign: int) -> None:
         self.waiting_items += sign
         self.waiting_bytes += sign * entry.bytes
+        self._pixels_ahead += sign * entry.pixels
 
     def _leave(self, entry: _Entry[Item, Result]) -> None:
         """Account for an entry that was taken out of its bucket."""
@@ -191,6 +206,7 @@ class Batcher(Generic[Item, Result]):
             batch = self._take(key := min(ready, key=lambda key: self._buckets[key][0].order))
             if batch:
                 self._events.launched(key, len(batch))
+                self._pixels_ahead += sum(entry.pixels for entry in batch)
                 task = asyncio.ensure_future(self._run(key, batch))
                 self._running.add(task)
                 task.add_done_callback(self._finished)
@@ -239,7 +255,7 @@ class Batcher(Generic[Item, Result]):
             del self._buckets[key]
         return batch
 
-    def _needed(self, pixels: int) -> float:
+    def _needed(self, pixels: float) -> float:
         """Seconds from launch to result for so many pixels, at the pace of late."""
         return pixels * self._seconds / self._pixels if self._pixels else 0.0
 
@@ -249,7 +265,7 @@ class Batcher(Generic[Item, Result]):
             return False
         left = entry.deadline - self._clock()
         if left < needed:
-            said = "the deadline passed before the device was free" if left < 0 else "too little time is left for it"
+            said = "the device was not free in time" if left < 0 else "too little of them is left for it"
             entry.future.set_exception(DeadlineExceeded(said))
             return False
         return True
@@ -257,6 +273,7 @@ class Batcher(Generic[Item, Result]):
     async def _run(self, key: Hashable, batch: list[_Entry[Item, Result]]) -> None:
         launched = self._clock()
         await self._attempt(key, batch, launched)
+        self._pixels_ahead -= sum(entry.pixels for entry in batch)
         if not any(_delivered(entry) for entry in batch):  # what was given up tells nothing of the pace
             return
         seconds = self._clock() - launched

@@ -25,6 +25,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
+from service.batching import DeadlineExceeded
 from service.errors import BAD_KEY, BODY_TIMEOUT, DEADLINE, EMPTY, MALFORMED, QUEUE_FULL, Problem
 from service.openapi import BODY_FIELD, TIMEOUT_HEADER
 from service.settings import Settings
@@ -194,9 +195,14 @@ class Exchange:
     async def submit(self, item: Work, key: Hashable, *, pixels: int, bytes: int, begun: bool = False) -> object:
         """Send one item through the batcher; returns what the engine made of it. `begun` as there."""
         self.phase = "queue"
-        done = await self.ready.batcher.submit(
-            item, key, pixels=pixels, bytes=bytes, deadline=self.deadline, begun=begun
-        )
+        started = time.perf_counter()
+        try:
+            done = await self.ready.batcher.submit(
+                item, key, pixels=pixels, bytes=bytes, deadline=self.deadline, begun=begun
+            )
+        except (asyncio.CancelledError, DeadlineExceeded):  # whatever of it the device has done is not known here
+            self._add("queue", time.perf_counter() - started)
+            raise
         value, times = done.result
         spent = {"queue": done.queued + times.queue, "transform": times.transform, "entropy": times.entropy}
         ago = sum(spent.values())
@@ -264,6 +270,8 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
     try:
         async with asyncio.timeout(timeout):
             yield call
+    except DeadlineExceeded as error:
+        raise Problem(DEADLINE, f"no answer within {timeout:g} seconds: {error}") from None
     except TimeoutError:
         phase = "its turn, or the device" if call.phase == "queue" else call.phase
         raise Problem(DEADLINE, f"no answer within {timeout:g} seconds; it waited for: {phase}") from None

@@ -56,7 +56,7 @@ class Metrics:
         self.efforts = counter("efforts_total", "Photos compressed, by the effort that was asked for.", "effort")
         self.device_steps = counter("device_steps_total", "Steps of the transforms; a device at work makes them.")
         self.request_seconds = histogram(
-            "http_request_duration_seconds", "From the first byte read to the answer.", _SECONDS, "operation"
+            "http_request_duration_seconds", "From first byte to answer; not of 429.", _SECONDS, "operation"
         )
         self.stage_seconds = histogram(
             "stage_duration_seconds", "Time of one stage of a request.", _SECONDS, "operation", "stage"
@@ -72,6 +72,7 @@ class Metrics:
         )
         self.queue_items = gauge("queue_items", "Requests waiting for the device.")
         self.queue_bytes = gauge("queue_bytes", "Bytes of photos and bitstreams waiting for the device.")
+        self.batches = gauge("batches_in_progress", "Batches that the device has, also those nobody waits for.")
         self.admission_limit = gauge("admission_limit", "Most requests in progress at a time; beyond it, 429.")
         gauge("memory_limit_bytes", "Of the container, else of the machine.").set(memory_limit())
         self.ready = gauge("ready", "1 when the service answers requests, else 0.")

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import CLIENT_GONE, DRAINING, INTERNAL, TOO_LARGE, Problem, problem_of, problem_response
+from service.errors import CLIENT_GONE, DRAINING, INTERNAL, QUEUE_FULL, TOO_LARGE, Problem, problem_of, problem_response
 from service.metrics import Metrics
 
 log = logging.getLogger("limpid")
@@ -131,7 +131,8 @@ class RequestMiddleware:
             seconds = time.perf_counter() - started
             self.metrics.requests.labels(operation, str(status)).inc()
             if operation != "other":
-                self.metrics.request_seconds.labels(operation).observe(begun - started if status else seconds)
+                if status != QUEUE_FULL.status:  # else the more are refused, the faster it looks
+                    self.metrics.request_seconds.labels(operation).observe(begun - started if status else seconds)
                 self.metrics.request_bytes.labels(operation).observe(received)
                 self.metrics.response_bytes.labels(operation).observe(answered)
                 if refused := getattr(request.state, "problem", None):

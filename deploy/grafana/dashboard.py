@@ -57,7 +57,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
               ((f"sum by (operation, model) ({rate('pixels_total')})", "{{operation}} {{model}}"),)),
     ),
     "Latency": (
-        Panel("Latency", "Whole request.", "s",
+        Panel("Latency", "Whole request, but for those refused with 429.", "s",
               tuple((quantile(q, "http_request_duration_seconds", "operation"), f"{{{{operation}}}} p{100 * q:g}")
                     for q in (0.5, 0.95, 0.99))),
         Panel("Stages, 95th percentile", "queue grows first when the device is the limit.", "s",
@@ -72,6 +72,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                (f"sum by (instance) ({gauge('requests_in_progress')})", "in progress {{instance}}"),
                (gauge("admission_limit"), "limit {{instance}}"))),
         Panel("Queue bytes", "Photos and bitstreams that wait.", "bytes", ((gauge("queue_bytes"), "{{instance}}"),)),
+        Panel("Device", "Steps per second, and batches that the device has: some and no step is a device that hangs.",
+              "none", ((f"sum by (instance) ({rate('device_steps_total')})", "steps {{instance}}"),
+                       (gauge("batches_in_progress"), "batches {{instance}}"))),
         Panel("Batches halved", "A failed batch is halved until the bad item stands alone.", "reqps",
               ((f"sum by (reason) ({rate('batch_retries_total')})", "{{reason}}"),)),
     ),
@@ -97,7 +100,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Device memory", "What torch holds on a GPU; the resident memory of the process where there is none.",
               "bytes", ((f'{gauge("gpu_memory_bytes")} or on (instance) '
                          f'label_replace(process_resident_memory_bytes{{{WHERE}}}, "device", "cpu", "", "")',
-                         "{{device}} {{kind}}"),)),
+                         "{{instance}} {{device}} {{kind}}"),)),
+        Panel("Reloads of the store", "On SIGHUP; one that failed leaves the models as they were.", "none",
+              ((f"sum by (instance, outcome) ({rate('store_reloads_total')})", "{{instance}} {{outcome}}"),)),
         Panel("Models", "On each instance.", "none",
               ((f"sum by (model, device) ({gauge('model_loaded')})", "{{model}} on {{device}}"),)),
     ),

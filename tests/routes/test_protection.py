@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -167,8 +168,12 @@ def test_what_nobody_waits_for_leaves_the_device(
     late = {"X-API-Key": "first-key", "Limpid-Timeout": "2"}
     answer = own.post("/compress", content=image_bytes(parrots, "BMP"), headers=late)
     assert answer.status_code == 504
+    series = own.get("/metrics").text
+    assert "limpid_batches_in_progress 1.0" in series, "the device has it still"
+    assert 'limpid_stage_duration_seconds_count{operation="compress",stage="queue"} 1.0' in series
     answered.set()
     assert ended.get(timeout=30) == "nobody waits for it any more"
+    until(lambda: "limpid_batches_in_progress 0.0" in own.get("/metrics").text)
     assert 'limpid_batch_retries_total{reason="error"} 0.0' in own.get("/metrics").text
 
 
@@ -233,6 +238,7 @@ def test_bodies_are_admitted_up_to_the_bytes_of_the_queue(own: TestClient, bikes
     answer = own.post("/compress", content=data)
     assert answer.status_code == 429
     assert int(answer.headers["retry-after"]) >= 1
+    assert 'limpid_http_request_duration_seconds_count{operation="compress"} 0.0' in own.get("/metrics").text
     service.body_bytes = 0
     assert own.post("/compress", content=data).status_code == 200
     assert service.body_bytes == 0
@@ -278,9 +284,12 @@ def test_image_work_that_outlives_its_request_keeps_its_place(
 
 def test_every_failure_begins_its_series_at_zero(own: TestClient) -> None:
     series = own.get("/metrics").text
-    for status in ("200", "499", "500", "503", "504"):
+    for status in ("200", "422", "429", "499", "500", "503", "504"):
         assert f'limpid_http_requests_total{{operation="compress",status="{status}"}} 0.0' in series
     assert 'limpid_stage_duration_seconds_count{operation="decompress",stage="transform"} 0.0' in series
+    assert 'limpid_http_request_duration_seconds_count{operation="compress"} 0.0' in series
+    for name in ("pixels_total", "bitstream_bytes_total", "image_bytes_total", "batch_size_count"):
+        assert re.search(rf'limpid_{name}{{model="edge-\d+",operation="compress"}} 0.0', series), name
 
 
 def test_a_failed_device_is_not_ready_in_the_metrics_either(own: TestClient) -> None:
