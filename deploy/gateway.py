@@ -19,7 +19,9 @@ import json
 import logging
 import os
 import random
+import re
 import signal
+import stat
 import time
 from collections.abc import AsyncIterator
 from email.message import Message
@@ -29,6 +31,7 @@ from typing import TypedDict
 import httpx
 
 from service.budget import MOST_BPP
+from service.calls import base_url
 from service.cli import positive
 from service.client import AsyncClient, LimpidError, Policy, RequestRefused
 from service.codec.config import MOST_EFFORT
@@ -42,8 +45,8 @@ LARGEST_FRAME = 2**26
 ATTEMPTS = 1000
 """Of one call, within its deadline; the gateway then takes the frame up again."""
 
-PAUSE = 5.0
-"""Least seconds before a frame is tried again that failed without being to blame."""
+PAUSE, LONGEST_PAUSE = 5.0, 60.0
+"""Seconds before a frame that is not to blame is tried again; ever longer where OUT cannot be written."""
 
 BLAMELESS = frozenset({"invalid-api-key", "not-found", "malformed-request", "unknown-model", "unexpected-answer"})
 """What the service, or something before it, says when the gateway is set up wrongly."""
@@ -72,7 +75,7 @@ async def camera_frames(url: str, every: float | None) -> AsyncIterator[bytes]:
                 async with http.stream("GET", url) as answer:
                     answer.raise_for_status()
                     kind = answer.headers.get("content-type", "")
-                    if kind.startswith("multipart/"):
+                    if kind.lower().startswith("multipart/"):
                         async for frame in thinned(parts(answer.aiter_bytes(), boundary(kind)), every or 0):
                             yield frame
                         log.warning("the camera ended its stream")
@@ -134,13 +137,32 @@ async def parts(chunks: AsyncIterator[bytes], between: bytes) -> AsyncIterator[b
     held = b""
     async for chunk in chunks:
         held += chunk
-        *whole, held = held.split(between)
+        while part := first_part(held, between):
+            content, held = part
+            if content:
+                yield content
         if len(held) > LARGEST_FRAME:
             raise httpx.RemoteProtocolError(f"no boundary {between!r} within {LARGEST_FRAME} bytes")
-        for part in whole:
-            content = part.partition(b"\r\n\r\n")[2]
-            if content:
-                yield content.removesuffix(b"\r\n")
+
+
+_END_OF_HEAD = re.compile(rb"\r?\n\r?\n")  # as ffmpeg, which takes bare line feeds too
+_LENGTH = re.compile(rb"^content-length:[ \t]*(\d+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+
+
+def first_part(held: bytes, between: bytes) -> tuple[bytes, bytes] | None:
+    """The content of the first whole part and what follows it; None while more has to come.
+
+    A part that tells its length is whole when it is there, whatever bytes it has; another at the next boundary.
+    """
+    start = held.find(between)
+    head = _END_OF_HEAD.search(held, start + len(between)) if start >= 0 else None
+    if head is None:
+        return None
+    if stated := _LENGTH.search(held, start, head.end()):
+        end = head.end() + int(stated[1])
+        return (held[head.end() : end], held[end:]) if len(held) >= end else None
+    end = held.find(between, head.end())
+    return (re.sub(rb"\r?\n$", b"", held[head.end() : end]), held[end:]) if end >= 0 else None
 
 
 State = tuple[int, int]
@@ -148,7 +170,12 @@ State = tuple[int, int]
 
 
 def state_of(path: Path) -> State:
+    """Raises:
+    OSError: it is not there, or is no file.
+    """
     state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError("it is no file")
     return state.st_size, state.st_mtime_ns
 
 
@@ -182,6 +209,9 @@ class Gateway:
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self.settle = settle
         self._seen: dict[str, tuple[State, float]] = {}
+        self._done: dict[str, tuple[State, Path]] = {}
+        self._told: set[str] = set()
+        self._pause = PAUSE
         if delete:
             self._delete_leftovers()
 
@@ -200,7 +230,13 @@ class Gateway:
 
     async def _take_up(self, poll: float) -> None:
         while True:
-            for path, state in self.waiting():
+            try:
+                waiting = self.waiting()
+            except OSError as error:  # of a folder that is away for a while, as network shares are
+                log.error("%s", error)
+                await asyncio.sleep(PAUSE)
+                continue
+            for path, state in waiting:
                 await self._room.acquire()
                 self._under_way[path.name] = asyncio.create_task(self._send(path, state))
             await asyncio.sleep(poll)
@@ -209,21 +245,33 @@ class Gateway:
         """Frames to send: complete (as they were `settle` seconds ago and at the last look), and without a result."""
         found = []
         seen: dict[str, tuple[State, float]] = {}
+        done: dict[str, tuple[State, Path]] = {}
         now = time.monotonic()
+        results = {*self.out.iterdir(), *self.refused.iterdir()}
         for path in sorted(self.frames.iterdir()):
             if path.suffix.lower() not in PHOTO_ENDINGS or path.name.startswith(".") or path.name in self._under_way:
                 continue
             try:
                 state = state_of(path)
-                if self._name_of(path, state)[1]:
+                known = self._done.get(path.name)
+                if known and known[0] == state and known[1] in results:  # there may be many of them
+                    done[path.name] = known
+                    continue
+                if of_it := self._results_of(path, state)[1]:
+                    done[path.name] = state, of_it[0]
                     continue
             except FileNotFoundError:  # somebody took it away
+                continue
+            except OSError as error:
+                if path.name not in self._told:
+                    log.error("%s: %s; it is left alone", path.name, error)
+                    self._told.add(path.name)
                 continue
             before, since = self._seen.get(path.name, (None, now))
             seen[path.name] = state, since if state == before else now
             if state == before and now - since >= self.settle:
                 found.append((path, state))
-        self._seen = seen
+        self._seen, self._done = seen, done
         return found
 
     def _delete_leftovers(self) -> None:
@@ -233,8 +281,8 @@ class Gateway:
         """
         for path in self.frames.iterdir():
             try:
-                name, done = self._name_of(path, state_of(path))
-                if done and path.stat().st_ctime_ns <= max(one.stat().st_ctime_ns for one in self._results(name)):
+                of_it = self._results_of(path, state_of(path))[1]
+                if of_it and path.stat().st_ctime_ns <= max(one.stat().st_ctime_ns for one in of_it):
                     path.unlink()
             except OSError as error:
                 log.error("%s: %s", path.name, error)
@@ -243,23 +291,25 @@ class Gateway:
         """What there is of a frame that is done: its bitstream, or the frame itself, refused."""
         return [path for path in (self.out / f"{name}.lmp", self.refused / name) if path.exists()]
 
-    def _name_of(self, path: Path, state: State) -> tuple[str, bool]:
-        """The name that the results of a frame have, and if they are there: they have its own time.
+    def _results_of(self, path: Path, state: State) -> tuple[str, list[Path]]:
+        """The name that the results of a frame have, and those that are there: they have its own time.
 
         It is the frame's unless an earlier frame took it.
         """
         modified, results = state[1], self._results(path.name)
         if not results or any(abs(state_of(result)[1] - modified) <= self._coarseness for result in results):
-            return path.name, bool(results)
+            return path.name, results
         later = f"{path.stem}.{modified}{path.suffix}"
-        return later, bool(self._results(later))
+        return later, self._results(later)
 
     async def _send(self, path: Path, state: State) -> None:
         try:
             await self._work(path, state)
+            self._pause = PAUSE
         except OSError as error:
             log.error("%s: %s", path.name, error)
-            await asyncio.sleep(1)
+            pause, self._pause = self._pause, min(LONGEST_PAUSE, 2 * self._pause)
+            await asyncio.sleep(pause)
         finally:
             del self._under_way[path.name]
             self._room.release()
@@ -268,7 +318,7 @@ class Gateway:
         """Send a frame that was in `state` when it was complete; whatever changes meanwhile is sent again."""
         if state_of(path) != state:
             return
-        name = self._name_of(path, state)[0]
+        name = self._results_of(path, state)[0]
         try:
             done = await self.limpid.compress(path, **self.goal)
         except LimpidError as error:
@@ -401,9 +451,10 @@ def main() -> None:
     patience = Policy(deadline=args.deadline, attempts=ATTEMPTS)
     try:
         limpid = AsyncClient(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), patience)
-    except ValueError as error:
+        base_url(args.camera or args.url)
+        asyncio.run(_main(args, limpid))
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    asyncio.run(_main(args, limpid))
 
 
 if __name__ == "__main__":

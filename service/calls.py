@@ -301,12 +301,15 @@ def base_url(url: str) -> httpx.URL:
     """As curl reads it: http where nothing else is said.
 
     Raises:
-        ValueError: it is no URL.
+        ValueError: it is no URL of HTTP.
     """
     try:
-        return httpx.URL(url if "://" in url else f"http://{url}")
+        base = httpx.URL(url if "://" in url else f"http://{url}")
     except httpx.InvalidURL as error:
-        raise ValueError(f"expected the URL of a service, got {url!r}: {error}") from None
+        raise ValueError(f"expected a URL, got {url!r}: {error}") from None
+    if base.scheme not in ("http", "https") or not base.host:
+        raise ValueError(f"expected a URL, http:// or https:// and a host, got {url!r}")
+    return base
 
 
 def key_header(api_key: str | None) -> dict[str, str]:

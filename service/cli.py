@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from service.budget import MOST_BPP
 from service.client import Client, LimpidError, Policy
 from service.codec.config import MOST_EFFORT
-from service.files import PHOTO_ENDINGS, Pair, names_a_file, overlooked, pair_up, sources, write_whole
+from service.files import PHOTO_ENDINGS, Pair, is_folder, names_a_file, overlooked, pair_up, sources, write_whole
 from service.imaging import OutputFormat
 from service.settings import Settings, service_settings
 
@@ -37,7 +37,7 @@ PATIENCE = 1.0
 """Seconds for which a single photo may work without a sign."""
 
 
-def _serve(args: argparse.Namespace, _: Settings) -> int:
+def _serve(args: argparse.Namespace) -> int:
     from service.server import serve
 
     chosen = {name: value for name in ("host", "port") if (value := getattr(args, name)) is not None}
@@ -45,9 +45,9 @@ def _serve(args: argparse.Namespace, _: Settings) -> int:
     return 0
 
 
-def _codec(args: argparse.Namespace, settings: Settings) -> Client | Local:
+def _codec(args: argparse.Namespace) -> Client | Local:
     """The codec that the arguments choose: a server's with `--url`, else this machine's."""
-    if args.url:
+    if args.url is not None:
         policy = Policy(deadline=args.deadline) if args.deadline else Policy()
         return Client(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), policy)
     for option, value in (("--deadline", args.deadline), ("--api-key", args.api_key)):
@@ -55,7 +55,7 @@ def _codec(args: argparse.Namespace, settings: Settings) -> Client | Local:
             raise ValueError(f"expected {option} only with --url")
     from service.local import Local
 
-    return Local(settings)
+    return Local(Settings())
 
 
 def _run(
@@ -74,11 +74,13 @@ def _run(
     if alone:
         alone.watch(lambda done, total: _show(bar, done, total))
 
-    def one(pair: Pair) -> str:
+    def input_of(pair: Pair) -> bytes:
         if pair.target and pair.target.exists() and not args.force:
             raise FileExistsError(f"{pair.target} exists, --force overwrites it")
-        data = pair.source.read_bytes() if pair.source else sys.stdin.buffer.read()
-        result, said = work(data)
+        return _read(pair.source)
+
+    def one(pair: Pair, data: bytes | None = None) -> str:
+        result, said = work(input_of(pair) if data is None else data)
         if pair.target is None:
             sys.stdout.buffer.write(result)
             sys.stdout.buffer.flush()
@@ -87,10 +89,20 @@ def _run(
         write_whole(pair.target, result, overwrite=args.force)
         return f"{pair.target}: {len(result)} bytes, {said}"
 
+    def begun(pair: Pair) -> Future[str]:
+        if len(pairs) > 1:
+            return pool.submit(one, pair)
+        try:  # in this thread, where Ctrl-C ends the wait for a pipe
+            return pool.submit(one, pair, input_of(pair))
+        except ERRORS as error:
+            failure: Future[str] = Future()
+            failure.set_exception(error)
+            return failure
+
     failed = 0
-    pool = ThreadPoolExecutor(REMOTE_AT_ONCE if args.url else LOCAL_AT_ONCE)
+    pool = ThreadPoolExecutor(REMOTE_AT_ONCE if isinstance(codec, Client) else LOCAL_AT_ONCE)
     try:
-        jobs = [pool.submit(one, pair) for pair in pairs]
+        jobs = [begun(pair) for pair in pairs]
         for pair, job in zip(pairs, jobs):
             try:
                 if said := job.result():
@@ -99,7 +111,7 @@ def _run(
                 raise
             except ERRORS as error:
                 failed += 1
-                tqdm.write(f"limpid: {pair.source or 'standard input'}: {_words(error)}", file=sys.stderr)
+                tqdm.write(f"limpid: {pair.source or 'standard input'}: {_words(error, pair.source)}", file=sys.stderr)
             if not alone:
                 bar.update()
     except KeyboardInterrupt:
@@ -118,17 +130,32 @@ def _show(bar: tqdm, done: int, total: int) -> None:
     bar.update(done - bar.n)
 
 
-def _words(error: BaseException) -> str:
+def _read(source: Path | None) -> bytes:
+    if source:
+        return source.read_bytes()
+    if sys.stdin is None:
+        raise OSError("it is closed")
+    return sys.stdin.buffer.read()
+
+
+def _words(error: BaseException, source: Path | None) -> str:
+    """What is said of an error, after the name of what was read; another file that it is about is named."""
     if isinstance(error, LimpidError):
         return error.detail
-    return f"{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error) or "out of memory"
+    if isinstance(error, OSError) and error.strerror:
+        other = error.filename is not None and str(error.filename) != str(source)
+        return f"{error.filename}: {error.strerror}" if other else error.strerror
+    return str(error) or "out of memory"
 
 
-def _compress(args: argparse.Namespace, settings: Settings) -> int:
+def _compress(args: argparse.Namespace) -> int:
     for file in overlooked(args.inputs, PHOTO_ENDINGS):
-        print(f"limpid: {file} is left out: of a folder only {', '.join(PHOTO_ENDINGS)} are taken", file=sys.stderr)
+        why = "is a linked folder" if file.is_dir() else f"of a folder only {', '.join(PHOTO_ENDINGS)} are taken"
+        print(f"limpid: {file} is left out: {why}", file=sys.stderr)
+    if args.output and names_a_file(args.output) and Path(args.output).suffix.lower() in PHOTO_ENDINGS:
+        raise ValueError(f"expected an output name for a bitstream, such as a.lmp, got {args.output}")
     pairs = pair_up(args.inputs, args.output, takes=PHOTO_ENDINGS, gives=".lmp")
-    with closing(_codec(args, settings)) as codec:
+    with closing(_codec(args)) as codec:
 
         def work(data: bytes) -> tuple[bytes, str]:
             done = codec.compress(
@@ -144,9 +171,9 @@ def _compress(args: argparse.Namespace, settings: Settings) -> int:
         return _run(pairs, work, args, codec)
 
 
-def _decompress(args: argparse.Namespace, settings: Settings) -> int:
+def _decompress(args: argparse.Namespace) -> int:
     formats = {f".{output.name.lower()}": output for output in OutputFormat} | {".jpg": OutputFormat.JPEG}
-    alone = len(sources(args.inputs, takes=(".lmp",))) == 1 and not Path(args.inputs[0]).is_dir()
+    alone = len(sources(args.inputs, takes=(".lmp",))) == 1 and not is_folder(args.inputs[0])
     named = Path(args.output).suffix.lower() if args.output and alone and names_a_file(args.output) else ""
     chosen = f".{args.format}" if args.format else named or ".png"
     if chosen not in formats:
@@ -157,7 +184,7 @@ def _decompress(args: argparse.Namespace, settings: Settings) -> int:
     if args.quality is not None and output.default_quality is None:
         raise ValueError(f"expected --quality only with a lossy format, got it with {output.name}")
     pairs = pair_up(args.inputs, args.output, takes=(".lmp",), gives=chosen)
-    with closing(_codec(args, settings)) as codec:
+    with closing(_codec(args)) as codec:
 
         def work(data: bytes) -> tuple[bytes, str]:
             done = codec.decompress(data, media_type=output.media_type, quality=args.quality)
@@ -166,17 +193,17 @@ def _decompress(args: argparse.Namespace, settings: Settings) -> int:
         return _run(pairs, work, args, codec)
 
 
-def _info(args: argparse.Namespace, settings: Settings) -> int:
+def _info(args: argparse.Namespace) -> int:
     from service.inspection import describe
 
-    failed = 0
+    failed, store = 0, Settings().store
     for source in sources(args.inputs, takes=(".lmp",)):
         name = str(source or "standard input")
         try:
-            facts = describe(source.read_bytes() if source else sys.stdin.buffer.read(), settings.store)
+            facts = describe(_read(source), store)
         except ERRORS as error:
             failed += 1
-            print(f"limpid: {name}: {_words(error)}", file=sys.stderr)
+            print(f"limpid: {name}: {_words(error, source)}", file=sys.stderr)
             continue
         if args.json:
             print(json.dumps({"file": name, **facts}))
@@ -187,21 +214,21 @@ def _info(args: argparse.Namespace, settings: Settings) -> int:
     return 1 if failed else 0
 
 
-def _compare(args: argparse.Namespace, settings: Settings) -> int:
+def _compare(args: argparse.Namespace) -> int:
     from service.inspection import compare
 
     original, stream = args.photo.read_bytes(), args.bitstream.read_bytes()
-    with closing(_codec(args, settings)) as codec:
+    with closing(_codec(args)) as codec:
         restored = codec.decompress(stream).image
-    for label, value in compare(original, stream, restored, settings.max_pixels).items():
+    for label, value in compare(original, stream, restored, Settings().max_pixels).items():
         print(f"{label:34} {value}")
     return 0
 
 
-def _variants(_: argparse.Namespace, settings: Settings) -> int:
+def _variants(_: argparse.Namespace) -> int:
     from service.store import ModelStore
 
-    store = ModelStore(settings.store)
+    store = ModelStore(Settings().store)
     for entry in store.index.models:
         mark = " (default)" if entry.name == store.index.default else ""
         print(f"{entry.name}{mark}: size {entry.size}, id {entry.model_id.hex()}, {entry.rate_points} rate points")
@@ -210,22 +237,22 @@ def _variants(_: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def _verify(args: argparse.Namespace, settings: Settings) -> int:
+def _verify(args: argparse.Namespace) -> int:
     import torch
 
     from service.store import ModelStore
 
-    store = ModelStore(args.store or settings.store)
+    store = ModelStore(args.store or Settings().store)
     for entry in store.index.models:
         store.load(entry, torch.device("cpu"))
         print(f"{entry.name}: {entry.sha256} {entry.file}, known answer {entry.known_answer[:16]}...: good")
     return 0
 
 
-def _add(args: argparse.Namespace, settings: Settings) -> int:
+def _add(args: argparse.Namespace) -> int:
     from service.store import STORE_FILE, ModelStore
 
-    folder, source = args.store or settings.store, ModelStore(args.source)
+    folder, source = args.store or Settings().store, ModelStore(args.source)
     if not (folder / STORE_FILE).exists():
         ModelStore.begin(folder, source, args.name)
         print(f"{args.name}: the first model and the default of {folder}, a new store")
@@ -236,10 +263,10 @@ def _add(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def _default(args: argparse.Namespace, settings: Settings) -> int:
+def _default(args: argparse.Namespace) -> int:
     from service.store import ModelStore
 
-    store = ModelStore(args.store or settings.store)
+    store = ModelStore(args.store or Settings().store)
     store.set_default(args.name)
     print(f"{args.name}: the default of {store.folder}; a running service takes it up on SIGHUP")
     return 0
@@ -333,11 +360,13 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 where something failed, which was printed; 130 after an interrupt. Wrong usage exits: 2.
     """
+    if sys.stdout is None:  # closed, as under some daemons
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     args = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # the names of files may be any bytes
     try:
-        status = int(args.run(args, Settings()))
+        status = int(args.run(args))
         sys.stdout.flush()
         return status
     except ValidationError as error:

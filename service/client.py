@@ -111,18 +111,22 @@ class Client:
             self._stop()
 
     async def _wind_up(self) -> None:
+        await self._end_calls()
+        await self._async.close()
+
+    async def _end_calls(self) -> None:
+        """What failed and waits to be tried again ends with its failure; what is under way is cancelled."""
         self._async.give_up()
         if others := asyncio.all_tasks() - {asyncio.current_task()}:
             _, late = await asyncio.wait(others, timeout=0.1)
             for call in late:
                 call.cancel()
             await asyncio.gather(*late, return_exceptions=True)
-        await self._async.close()
 
     def give_up(self) -> None:
-        """From another thread: nothing that failed is tried again from now on."""
+        """From another thread: ends the calls under way; nothing that failed is tried again from now on."""
         if self._loop and self._is_running():
-            self._loop.call_soon_threadsafe(self._async.give_up)
+            asyncio.run_coroutine_threadsafe(self._end_calls(), self._loop)
 
     def _is_running(self) -> bool:
         return self._loop is not None and not self._loop.is_closed() and self._process == os.getpid()
@@ -176,7 +180,7 @@ class Client:
         try:
             return under_way.result()
         except CancelledError:
-            raise ServiceUnavailable("unreachable", "the client was closed meanwhile") from None
+            raise ServiceUnavailable("unreachable", "the call was given up, or the client closed, meanwhile") from None
         finally:
             under_way.cancel()  # where Ctrl-C ended the wait
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import mimetypes
 import os
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -33,7 +34,7 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = True, modified: in
         path.write_bytes(data)
         return
     path = path.resolve()
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    new = path.with_name(f".{secrets.token_hex(8)}.new")
     try:
         with new.open("wb") as file:
             file.write(data)
@@ -100,21 +101,23 @@ def pair_up(inputs: Sequence[str], output: str | None, *, takes: Iterable[str], 
             differ in nothing but their ending, such as a.jpg and a.png, keep that too: a.jpg.lmp and a.png.lmp.
 
     Raises:
-        ValueError: nothing to read, one place for several results, or a pipe among files.
+        ValueError: nothing to read, one place for several results, or a pipe among files; or a name that is empty.
     """
+    if output == "":
+        raise ValueError("expected a name for the output, got an empty one")
     found = _find(inputs, takes)
     (first, _), *others = found
     if first is None:
         if output in (None, PIPE):
             return [Pair(None, None)]
-        if Path(str(output)).is_dir() or str(output).endswith(os.sep):
+        if is_folder(str(output)) or str(output).endswith(os.sep):
             raise ValueError(f"expected the name of a file for what comes from standard input, {output} is a folder")
         return [Pair(None, Path(str(output)))]
     if output == PIPE:
         if others:
             raise ValueError(f"expected one input for standard output, got {len(found)}")
         return [Pair(first, None)]
-    if output and not others and names_a_file(output) and not Path(inputs[0]).is_dir():
+    if output and not others and names_a_file(output) and not is_folder(inputs[0]):
         return [Pair(first, Path(output))]
     pairs: list[Pair] = []
     taken: dict[Path, Path] = {}
@@ -133,14 +136,24 @@ def pair_up(inputs: Sequence[str], output: str | None, *, takes: Iterable[str], 
 
 def names_a_file(output: str) -> bool:
     """Whether this is taken for a file's name where a folder could stand too: it ends in something and is no folder."""
-    return bool(Path(output).suffix) and not output.endswith(os.sep) and not Path(output).is_dir()
+    return bool(Path(output).suffix) and not output.endswith(os.sep) and not is_folder(output)
+
+
+def is_folder(name: str) -> bool:
+    """False also for what cannot be looked at; whoever reads it hears why."""
+    return bool(name) and os.path.isdir(name)
 
 
 def overlooked(inputs: Sequence[str], takes: Iterable[str]) -> list[Path]:
-    """The images in the folders among `inputs`, by their names, that no ending of `takes` picks."""
-    endings, folders = frozenset(takes), [Path(text) for text in inputs if Path(text).is_dir()]
-    files = (file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix.lower() not in endings)
-    return [file for file in files if (mimetypes.guess_type(file.name)[0] or "").startswith("image/")]
+    """What of the folders among `inputs` is not picked: images, by their names, of other endings; linked folders."""
+    endings = frozenset(takes)
+    left_out: list[Path] = []
+    for text in filter(is_folder, inputs):
+        for folder, folders, files in os.walk(text):
+            others = (Path(folder, name) for name in files if Path(name).suffix.lower() not in endings)
+            left_out += [one for one in others if (mimetypes.guess_type(one.name)[0] or "").startswith("image/")]
+            left_out += [one for name in folders if (one := Path(folder, name)).is_symlink()]
+    return sorted(left_out)
 
 
 def _find(inputs: Sequence[str], takes: Iterable[str]) -> list[tuple[Path | None, Path]]:
@@ -158,12 +171,22 @@ def _find(inputs: Sequence[str], takes: Iterable[str]) -> list[tuple[Path | None
 
 
 def _found(text: str, takes: frozenset[str]) -> list[tuple[Path, Path]]:
-    """The files that one argument means, each with its place below the folder that was named."""
+    """The files that one argument means, each with its place below the folder that was named.
+
+    A folder below it that cannot be read stands for its files, so that whoever reads it hears why.
+    """
+    if not text:  # a shell's variable that is not set; to Path it is the folder that one is in
+        raise ValueError("expected the name of a file or folder, got an empty one")
     path = Path(text)
-    if path.is_dir():
-        files = sorted(one for one in path.rglob("*") if one.suffix.lower() in takes and one.is_file())
-        return [(one, one.relative_to(path)) for one in files]
-    if not path.exists() and glob.has_magic(text):
+    if is_folder(text):
+        unread: list[OSError] = []
+        walk = os.walk(text, onerror=unread.append)
+        files = [
+            Path(folder, name) for folder, _, names in walk for name in names if Path(name).suffix.lower() in takes
+        ]
+        found = [one for one in files if one.is_file()] + [Path(error.filename) for error in unread]
+        return [(one, one.relative_to(path)) for one in sorted(found)]
+    if not os.path.exists(text) and glob.has_magic(text):
         return [(Path(one), Path(Path(one).name)) for one in sorted(glob.glob(text, recursive=True))
                 if Path(one).is_file()]  # fmt: skip
     return [(path, Path(path.name))]

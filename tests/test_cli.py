@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -203,6 +207,10 @@ def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: Lines) -> None
         (["compress", "-", photo], "standard input"),
         (["decompress", photo, "-o", f"{out}.png"], "expected a Limpid bitstream"),
         (["decompress", str(tmp_path / "missing"), "-o", f"{out}.png"], "missing"),
+        (["compress", ""], "empty"),
+        (["compress", photo, "--url", ""], "expected a URL"),
+        (["compress", photo, "-o", f"{out}.png"], "for a bitstream"),
+        (["decompress", stream, "-o", f"{photo}/b.png"], f"{photo}: File exists"),
         (["decompress", stream, "-o", f"{out}.gif"], "expected an output name that ends in one of"),
         (["decompress", stream, "-o", f"{out}.png", "--format", "webp"], "goes with --format webp"),
         (["decompress", stream, "-o", f"{out}.png", "--quality", "80"], "only with a lossy format"),
@@ -217,6 +225,37 @@ def test_errors_are_one_line_and_status_1(tmp_path: Path, capsys: Lines) -> None
         with pytest.raises(SystemExit) as stopped:
             main(["compress", "a.png", *wrong.split()])
         assert stopped.value.code == 2
+
+
+def test_ctrl_c_ends_the_wait_for_a_server_and_for_a_pipe(tmp_path: Path, bikes: Photo) -> None:
+    (tmp_path / "in.png").write_bytes(image_bytes(bikes))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and answers nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        at_server = subprocess.Popen([*LIMPID, "compress", str(tmp_path / "in.png"), "--url", url])
+        silent.accept()[0].recv(1)
+        at_pipe = subprocess.Popen([*LIMPID, "compress", "-", "--url", url], stdin=subprocess.PIPE)
+        time.sleep(2)
+        for waits in (at_server, at_pipe):
+            assert waits.poll() is None
+            waits.send_signal(signal.SIGINT)
+            assert waits.wait(10) == 130
+
+
+def test_closed_standard_streams_are_no_trouble(tmp_path: Path, bikes: Photo) -> None:
+    (tmp_path / "in.png").write_bytes(image_bytes(bikes))
+    closed = subprocess.run(
+        f"{shlex.join(LIMPID)} compress in.png >&- && {shlex.join(LIMPID)} compress - <&-",
+        shell=True, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert (tmp_path / "in.lmp").exists()
+    assert (closed.returncode, closed.stderr) == (1, "limpid: standard input: it is closed\n")
+
+
+def test_a_servers_client_needs_no_setting_of_the_service(monkeypatch: pytest.MonkeyPatch, capsys: Lines) -> None:
+    """Kubernetes gives pods beside a Service of the name limpid such a variable."""
+    monkeypatch.setenv("LIMPID_PORT", "tcp://10.0.0.1:80")
+    assert main(["compress", "missing.png", "--url", "http://127.0.0.1:9"]) == 1
+    assert capsys.readouterr().err == "limpid: missing.png: No such file or directory\n"
 
 
 def test_store_commands_verify_add_and_choose(tmp_path: Path, capsys: Lines) -> None:

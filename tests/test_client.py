@@ -367,7 +367,7 @@ def test_a_key_of_a_file_is_read_and_one_that_no_header_carries_is_not_told() ->
 
 
 def test_an_address_that_is_none_is_told() -> None:
-    with pytest.raises(ValueError, match="expected the URL of a service, got 'http://limpid:port'"):
+    with pytest.raises(ValueError, match="expected a URL, got 'http://limpid:port'"):
         Client("http://limpid:port")
 
 

@@ -53,7 +53,23 @@ def test_files_of_one_stem_keep_their_endings(here: Path) -> None:
 
 def test_images_of_other_formats_are_told_not_other_files(here: Path) -> None:
     (here / "deep" / "d.gif").touch()
-    assert overlooked([".", "a.jpg"], (".jpg", ".png")) == [Path("deep/d.gif")]
+    (here / "linked").symlink_to(here / "deep")
+    assert overlooked([".", "a.jpg"], (".jpg", ".png")) == [Path("deep/d.gif"), Path("linked")]
+
+
+@pytest.mark.usefixtures("here")
+def test_what_cannot_be_looked_at_stands_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it names the error, and the others are read."""
+    look = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [source for source, _ in pairs(".", output="out")] == ["a.jpg", "b.PNG", "deep"]
+    assert pairs("a.jpg", f"{'n' * 300}.jpg")[1][0] == f"{'n' * 300}.jpg"
 
 
 @pytest.mark.usefixtures("here")
@@ -72,6 +88,8 @@ def test_pipes_go_alone() -> None:
         (["-"], "deep", "folder"),
         (["-"], "new/", "folder"),
         (["nothing*.jpg"], None, "found no"),
+        ([""], None, "empty"),
+        (["a.jpg"], "", "empty"),
         (["a.jpg", "deep/../a.jpg", "./deep/c.jpg"], "out", "both"),
     ],
 )
@@ -91,6 +109,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         write_whole(path, b"third")
     assert path.read_bytes() == b"first"
     assert [one.name for one in tmp_path.iterdir()] == ["a.lmp"]
+
+
+def test_any_name_that_the_file_system_takes_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 251 + ".lmp")
+    write_whole(path, b"long", overwrite=False)
+    assert path.read_bytes() == b"long"
 
 
 def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path: Path) -> None:

@@ -243,6 +243,53 @@ def test_a_bitstream_waits_for_its_key(browser: playwright.Browser, base: str, b
     page.close()
 
 
+def test_a_key_that_no_header_carries_is_told(browser: playwright.Browser, bikes: Photo, guarded: str) -> None:
+    page = browser.new_page()
+    page.goto(guarded)
+    upload(page, "a.png", image_bytes(bikes))
+    playwright.expect(page.locator("#error")).to_contain_text("API key")
+    page.fill("#key", "ключ")
+    page.press("#key", "Enter")
+    playwright.expect(page.locator("#error")).to_contain_text("visible ASCII")
+    page.close()
+
+
+def test_a_file_that_goes_meanwhile_is_kept_and_one_that_cannot_be_read_is_told(
+    page: playwright.Page, bikes: Photo, tmp_path: Path
+) -> None:
+    path = tmp_path / "camera.png"
+    path.write_bytes(image_bytes(bikes))
+    page.set_input_files("#file", path)
+    done(page)
+    path.write_bytes(b"something else")
+    page.focus("#rate")
+    page.keyboard.press("ArrowRight")
+    playwright.expect(page.locator("#fact-model")).to_have_text(re.compile("rate 5"))
+    playwright.expect(page.locator("#error")).to_be_hidden()
+    page.evaluate(
+        """() => { const folder = new File(["x"], "folder"), data = new DataTransfer();
+        data.items.add(folder);
+        File.prototype.arrayBuffer = async () => { throw new DOMException("", "NotFoundError"); };
+        document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true })); }"""
+    )
+    playwright.expect(page.locator("#error")).to_have_text("folder cannot be read.")
+
+
+def test_the_page_works_where_the_browser_blocks_site_data(
+    browser: playwright.Browser, base: str, bikes: Photo
+) -> None:
+    page = browser.new_page()
+    page.add_init_script(
+        """Object.defineProperty(window, "sessionStorage", {
+        get() { throw new DOMException("denied", "SecurityError"); } });"""
+    )
+    page.goto(base)
+    playwright.expect(page.locator("#rate-text")).to_contain_text("bits per pixel")
+    upload(page, "a.png", image_bytes(bikes))
+    done(page)
+    page.close()
+
+
 def test_pictures_are_closed_once_they_are_shown_no_more(page: playwright.Page, bikes: Photo) -> None:
     page.evaluate(
         """() => { window.open = 0; const { close } = ImageBitmap.prototype, make = createImageBitmap;

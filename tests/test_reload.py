@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from service.app import create_app, reload_store
-from service.engine import Engine, Photo
+from service.engine import EncodeJob, Engine, Photo
 from service.settings import Settings
 from service.store import ModelStore, StoreError
 from tests.conftest import copied_store, image_bytes, other_store, until
@@ -69,6 +69,31 @@ def test_new_weights_under_a_known_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="new weights need a new name"):
         engine.refresh(other.folder)
     assert engine.default.entry.sha256 == ModelStore(folder).index.models[0].sha256
+
+
+def test_a_model_that_cannot_run_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(copied_store(tmp_path / "store"), "cpu")
+    before = engine.models
+    other = other_store(tmp_path / "other", "edge-next")
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("the device has no room for it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "warm_up", fails)
+        with pytest.raises(RuntimeError, match="no room"):
+            engine.refresh(other.folder)
+    assert engine.models is before
+    assert engine.default.entry.name in before
+    assert engine.refresh(other.folder) == ["edge-next"]
+
+
+def test_streams_of_a_model_that_left_the_store_are_read_until_the_process_ends(tmp_path: Path, bikes: Photo) -> None:
+    engine = Engine(copied_store(tmp_path / "store"), "cpu")
+    streams = engine.encode([EncodeJob(bikes, 4)])
+    assert engine.refresh(other_store(tmp_path / "other", "edge-next").folder) == ["edge-next"]
+    assert engine.default.entry.name == "edge-next"
+    assert engine.decode(streams)[0].shape == bikes.shape
 
 
 def test_a_reload_keeps_the_loaded_models_and_nothing_of_what_was_told_before(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 from urllib.parse import urlsplit
 
 import httpx2
@@ -21,8 +22,10 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from prometheus_client import generate_latest
+from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
+from service.app import create_app
 from service.codec.bitstream import MEDIA_TYPE
 from service.engine import Photo
 from service.exchange import timeout_of
@@ -97,6 +100,29 @@ def test_a_signal_writes_nothing_where_it_interrupts(monkeypatch: pytest.MonkeyP
         patch.setattr("service.server.log.info", reentrant)
         server.handle_exit(signal.SIGTERM, None)
     assert service.draining
+    assert not server.force_exit
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.force_exit, "a second signal ends it at once"
+
+
+def test_answers_on_their_way_have_the_rest_of_the_grace() -> None:
+    server = DrainingServer(uvicorn.Config(FastAPI()), Service(Settings(drain_grace_s=40)))
+    server.handle_exit(signal.SIGTERM, None)
+    assert asyncio.run(server.on_tick(1))
+    assert 35 <= cast(int, server.config.timeout_graceful_shutdown) <= 40
+    server._drain_until = 0.0
+    assert asyncio.run(server.on_tick(2))
+    assert server.config.timeout_graceful_shutdown == 5
+
+
+def test_a_process_that_loads_or_drains_is_alive() -> None:
+    app = create_app(Settings())
+    client = TestClient(app)  # which is not entered: nothing loads
+    assert client.get("/readyz").status_code == 503
+    assert client.get("/livez").status_code == 200
+    app.state.service.draining = True
+    assert "draining" in client.get("/readyz").json()["type"]
+    assert client.get("/livez").status_code == 200
 
 
 def test_a_slow_body_is_cut_off(server: str) -> None:

@@ -17,7 +17,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,50 +25,54 @@ from pathlib import Path
 import torch
 
 from model_store.evaluation.codecs import LimpidCodec
-from model_store.evaluation.conditions import ALL_RATES, MEASURED, SETS
+from model_store.evaluation.conditions import ALL_RATES, MEASURED, SETS, clean_paths
 from model_store.evaluation.features import Watched, draw_embedding, draw_maps
 from model_store.evaluation.measuring import (
+    TUNED_EVERY,
     Work,
-    best_strengths,
+    best_shares,
     cascade_of,
     is_gaussian,
     model_of,
     of_each_photo,
     peers_of,
     refined_of,
+    tried_of,
 )
-from model_store.evaluation.rate_distortion import Record, curves, read_records
+from model_store.evaluation.rate_distortion import Record, check_same_photos, curves, read_records
 from model_store.evaluation.tables import effort_table, plot, published_table, table
 from model_store.evaluation.trials import contact_sheet, generations, naming
 from model_store.images import photo_paths
-from model_store.index import STORE, read_index, write_index
+from model_store.index import STORE, read_index, replace_file, write_index
 from service.codec.config import MOST_EFFORT
 from service.codec.device import pick_device, transform_precision
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def _write(path: Path, records: Iterable[Record], jobs: int) -> None:
+def _write(path: Path, records: Sequence[Record], jobs: int, **more: object) -> None:
+    if not records:
+        raise ValueError(f"nothing was measured for {path.name}: its condition has none of these rate points")
     content = {
         "command": " ".join(["python -m model_store.evaluation", *map(_relative, sys.argv[1:])]),
         "torch": torch.__version__,
         "processes": jobs,
         "cpus": os.cpu_count(),
         "precision": transform_precision(pick_device("auto")),
+        **more,
         "records": [asdict(record) for record in records],
     }
-    path.parent.mkdir(exist_ok=True)
     text = json.dumps(content)
-    path.write_text(text.replace('{"set"', '\n{"set"') + "\n")
+    replace_file(path, (text.replace('{"set"', '\n{"set"') + "\n").encode())
 
 
 def _relative(argument: str) -> str:
     return os.path.relpath(argument) if argument.startswith("/") else argument
 
 
-def _measure(args: argparse.Namespace, who: str, name: str, work: Work) -> None:
+def _measure(args: argparse.Namespace, who: str, name: str, work: Work, **more: object) -> None:
     records = of_each_photo(args.photos, name, work, args.jobs, args.limit)
-    _write(args.results / f"{who}-{name}.json", records, args.jobs)
+    _write(args.results / f"{who}-{name}.json", records, args.jobs, **more)
 
 
 def _peers(args: argparse.Namespace) -> None:
@@ -79,8 +83,9 @@ def _peers(args: argparse.Namespace) -> None:
 def _cascade(args: argparse.Namespace) -> None:
     for name in args.sets:
         if any(is_gaussian(condition) for condition in SETS[name]):
-            strengths = best_strengths(args.photos, name, args.limit)
-            _measure(args, "cascade", name, partial(cascade_of, strengths))
+            shares = best_shares(of_each_photo(args.photos, name, tried_of, args.jobs, args.limit, TUNED_EVERY))
+            print(json.dumps(shares))
+            _measure(args, "cascade", name, partial(cascade_of, shares), strength_over_sigma=shares)
 
 
 def _model(args: argparse.Namespace) -> None:
@@ -102,8 +107,7 @@ def _generations(args: argparse.Namespace) -> None:
 
 def _save(path: Path, content: dict[str, object]) -> None:
     print(json.dumps(content["summary"], indent=2))
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _effort(args: argparse.Namespace) -> None:
@@ -124,23 +128,28 @@ def _sheets(args: argparse.Namespace) -> None:
 
 
 def _features(args: argparse.Namespace) -> None:
-    watched, photos = Watched(args.store, args.name), sorted((args.photos / "kodak").glob("*.png"))[: args.limit]
+    watched, photos = Watched(args.store, args.name), clean_paths(args.photos, "kodak")[: args.limit]
     draw_maps(watched, args.photo or photos[len(photos) // 2], args.results / f"{watched.name}-maps.jpg")
     share = draw_embedding(watched, photos, args.results / f"{watched.name}-embedding.png")
     print(f"{share:.1%} of the photos are put among their own kind")
 
 
 def _report(args: argparse.Namespace) -> None:
-    name = args.name or read_index(args.store)["default"]
+    index = read_index(args.store)
+    name = args.name or index["default"]
+    entry = next((entry for entry in index["models"] if entry["name"] == name), None)
+    if entry is None:
+        raise ValueError(f"expected a model of {args.store}, got {name}")
     paths = [args.results / f"{kind}-{photos}.json" for photos in MEASURED for kind in ("peers", "cascade", name)]
     records = read_records(path for path in paths if path.exists())
+    check_same_photos(records)
+    if not any(record.codec == "LIMPID" for record in records):
+        raise ValueError(f"expected results of {name} in {args.results}, found none")
     text = table(records) + "\n\n" + published_table(records)
     print(text)
-    (args.results / f"{name}.md").write_text(text + "\n")
+    replace_file(args.results / f"{name}.md", (text + "\n").encode())
     for drawn in plot(records, name, args.results):
         print(drawn.name)
-    index = read_index(args.store)
-    (entry,) = [entry for entry in index["models"] if entry["name"] == name]
     entry["measured"] = [
         {"rate": rate, "degradation": condition, "photos": photos, "bpp": round(bpp, 4), "psnr": round(value, 3)}
         for (photos, condition, codec), curve in curves(records).items()
@@ -182,7 +191,8 @@ def main() -> None:
                     "--efforts", nargs="+", type=int, default=[4], choices=range(1, MOST_EFFORT + 1), help="beside 0"
                 )
                 sub.add_argument("--rates", nargs="+", type=int, default=list(ALL_RATES), choices=ALL_RATES)
-                sub.add_argument("--conditions", nargs="+", default=["clean", "noise-15", "noise-25", "noise-50"])
+                conditions = [condition.name for condition in SETS["kodak"]]
+                sub.add_argument("--conditions", nargs="+", default=conditions[:4], choices=conditions)
             if command in ("peers", "cascade", "model", "effort"):
                 at_once = 1 if pick_device("auto").type == "cuda" else os.cpu_count()
                 sub.add_argument("--jobs", type=int, default=at_once, help="processes at a time")
@@ -190,8 +200,13 @@ def main() -> None:
                 sub.add_argument("--photo", type=Path, help="the photo of the maps")
             sub.add_argument("--limit", type=int, help="only the first photos of each set")
     args = parser.parse_args()
+    if getattr(args, "limit", None) and args.results == RESULTS:
+        parser.error("expected --results of its own with --limit: these hold all photos")
     args.results.mkdir(parents=True, exist_ok=True)
-    args.run(args)
+    try:
+        args.run(args)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

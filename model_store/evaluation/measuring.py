@@ -17,26 +17,35 @@ from tqdm import tqdm
 
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
 from model_store.evaluation.conditions import Condition, clean_paths, samples_of
-from model_store.evaluation.rate_distortion import Record
-from model_store.images import psnr
+from model_store.evaluation.rate_distortion import BUDGET, Record, curves
 
-STRENGTHS = (5, 8, 11, 14, 18, 23, 28, 34, 42, 52)
-"""What the cascade's denoiser is tuned over, on every eighth photo of a set, for each condition."""
+CASCADED = ("WEBP", "AVIF")
+"""What comes after the cascade's denoiser."""
 
+SHARES = (0.3, 0.36, 0.42, 0.48, 0.56, 0.65, 0.75)
+"""Of sigma: the strengths over which the denoiser is tuned, for each noise and each format."""
+
+TUNED_EVERY = 8
+"""On every so manieth photo of a set."""
+
+Shares = Mapping[str, Mapping[str, float]]
+"""The denoiser's strength over sigma by condition and format."""
 
 Work = Callable[[Path, int, str], list[Record]]
 """Takes the path of a clean photo, its index in its sorted set, and the set's name."""
 
 
-def of_each_photo(root: Path, name: str, work: Work, jobs: int, limit: int | None = None) -> list[Record]:
-    """What `work` finds of the photos of a set, or of the first ones, in so many processes of a thread each.
+def of_each_photo(
+    root: Path, name: str, work: Work, jobs: int, limit: int | None = None, every: int = 1
+) -> list[Record]:
+    """What `work` finds of the photos of a set, or of some of the first ones, in so many processes of a thread each.
 
     Raises:
         ValueError: the set is not below root.
     """
-    paths = clean_paths(root, name)[:limit]
+    indices, paths = zip(*list(enumerate(clean_paths(root, name)[:limit]))[::every])
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        found = pool.map(work, paths, range(len(paths)), [name] * len(paths))
+        found = pool.map(work, paths, indices, [name] * len(paths))
         return [record for records in tqdm(found, name, len(paths)) for record in records]
 
 
@@ -56,30 +65,44 @@ def is_gaussian(condition: Condition) -> bool:
     return condition.name.startswith("noise-")
 
 
-def best_strengths(root: Path, name: str, limit: int | None = None) -> dict[str, int]:
-    """The denoiser's best strength under each Gaussian noise, on every eighth photo of a set."""
-    scores: dict[str, dict[int, list[float]]] = {}
-    for index, path in list(enumerate(clean_paths(root, name)[:limit]))[::8]:
-        for sample in samples_of(path, index, name):
-            if is_gaussian(sample.condition):
-                of_condition = scores.setdefault(sample.condition.name, {h: [] for h in STRENGTHS})
-                for h, values in of_condition.items():
-                    values.append(psnr(denoised(sample.degraded, h), sample.clean))
-    means = {name: {h: float(np.mean(values)) for h, values in each.items()} for name, each in scores.items()}
-    for condition, each in means.items():
-        print(condition, {h: round(score, 2) for h, score in each.items()})
-    return {condition: max(each, key=lambda h: each[h]) for condition, each in means.items()}
+def tried_of(path: Path, index: int, name: str) -> list[Record]:
+    """A photo denoised at every strength, then every format, codecs `FORMAT SHARE`."""
+    return [
+        Record.of(name, sample, f"{format} {share}", *point)
+        for sample in samples_of(path, index, name)
+        if is_gaussian(sample.condition)
+        for share in SHARES
+        for photo in [denoised(sample.degraded, share * _sigma(sample.condition))]
+        for format in CASCADED
+        for point in peer_points(format, photo)
+    ]
 
 
-def cascade_of(strengths: Mapping[str, int], path: Path, index: int, name: str) -> list[Record]:
-    """A photo denoised at the strength of its condition, then WebP and AVIF."""
-    records = []
-    for sample in samples_of(path, index, name):
-        if sample.condition.name in strengths:
-            photo = denoised(sample.degraded, strengths[sample.condition.name])
-            for format in ("WEBP", "AVIF"):
-                records += [Record.of(name, sample, f"NLM+{format}", *point) for point in peer_points(format, photo)]
-    return records
+def best_shares(tried: Sequence[Record]) -> Shares:
+    """What `tried_of` shows to be best within `BUDGET`: a codec denoises too, so not what is best before it."""
+    within: dict[str, dict[str, dict[float, float]]] = {}
+    for (_, condition, codec), curve in curves(tried).items():
+        format, share = codec.split()
+        of_format = within.setdefault(condition, {}).setdefault(format, {})
+        of_format[float(share)] = curve.psnr_within(BUDGET) or -np.inf
+    return {
+        condition: {format: max(values, key=values.__getitem__) for format, values in formats.items()}
+        for condition, formats in within.items()
+    }
+
+
+def cascade_of(shares: Shares, path: Path, index: int, name: str) -> list[Record]:
+    """A photo denoised at the strength of its condition and of the format that comes after it."""
+    return [
+        Record.of(name, sample, f"NLM+{format}", *point)
+        for sample in samples_of(path, index, name)
+        for format, share in shares.get(sample.condition.name, {}).items()
+        for point in peer_points(format, denoised(sample.degraded, share * _sigma(sample.condition)))
+    ]
+
+
+def _sigma(condition: Condition) -> int:
+    return int(condition.name.removeprefix("noise-"))
 
 
 def refined_of(

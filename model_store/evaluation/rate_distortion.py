@@ -36,6 +36,10 @@ class Record:
         return cls(set, sample.photo, sample.condition.name, codec, setting, size, bpp, value)
 
 
+BUDGET = 0.5
+"""Bits per pixel within which codecs are compared."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """Means over the photos of a set, one point per setting, by growing bpp."""
@@ -65,6 +69,21 @@ class Curve:
 def read_records(paths: Iterable[Path]) -> list[Record]:
     """All records of some result files."""
     return [Record(**record) for path in paths for record in json.loads(path.read_text())["records"]]
+
+
+def check_same_photos(records: Sequence[Record]) -> None:
+    """Means can be compared where they are of the same photos.
+
+    Raises:
+        ValueError: of a set and condition some codecs have others than the rest.
+    """
+    photos: dict[tuple[str, str], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for record in records:
+        photos[record.set, record.condition][record.codec].add(record.photo)
+    for (name, condition), of_codecs in photos.items():
+        counts = {codec: len(seen) for codec, seen in of_codecs.items()}
+        if len({frozenset(seen) for seen in of_codecs.values()}) > 1:
+            raise ValueError(f"expected the same photos of {name} under {condition} from every codec, got {counts}")
 
 
 def curves(records: Sequence[Record]) -> dict[tuple[str, str, str], Curve]:

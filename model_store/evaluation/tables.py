@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model_store.evaluation.conditions import PUBLISHED
-from model_store.evaluation.rate_distortion import Record, bd_rate, curves, input_psnr
+from model_store.evaluation.rate_distortion import BUDGET, Record, bd_rate, curves, input_psnr
 
 COLOURS = {
     "LIMPID": "#0b6e99",
@@ -16,10 +16,6 @@ COLOURS = {
     "NLM+WEBP": "#e5c494",
     "NLM+AVIF": "#bc9bd3",
 }
-
-
-BUDGET = 0.5
-"""Bits per pixel."""
 
 
 def table(records: Sequence[Record]) -> str:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from model_store.degradations import EVALUATION, Kind, degrade
 from model_store.evaluation.codecs import LimpidCodec
+from model_store.evaluation.conditions import clean_paths
 from model_store.images import as_tensor, psnr, read_rgb
 from service.codec.shipped import pad_to_stride
 
@@ -29,7 +30,7 @@ def naming(codec: LimpidCodec, root: Path, limit: int | None = None) -> dict[str
 
     Every photo of Kodak is shown once with each kind. Right is a report whose first, strongest, kind is the one.
     """
-    paths = sorted((root / "kodak").glob("*.png"))[:limit]
+    paths = clean_paths(root, "kodak")[:limit]
     said: dict[Kind, Counter[str]] = {kind: Counter() for kind in Kind}
     only: Counter[Kind] = Counter()
     for index, path in enumerate(tqdm(paths, desc="naming")):
@@ -54,7 +55,7 @@ def naming(codec: LimpidCodec, root: Path, limit: int | None = None) -> dict[str
 def generations(codec: LimpidCodec, root: Path, limit: int | None = None) -> dict[str, object]:
     """PSNR against the original of Kodak's photos, compressed and restored again and again."""
     rows: dict[str, list[float]] = {}
-    for path in tqdm(sorted((root / "kodak").glob("*.png"))[:limit], desc="generations"):
+    for path in tqdm(clean_paths(root, "kodak")[:limit], desc="generations"):
         original = photo = read_rgb(path)
         rows[path.stem] = []
         for _ in range(GENERATIONS):

@@ -87,8 +87,13 @@ def enter(
     training: dict[str, Any],
     make_default: bool,
 ) -> dict[str, object]:
-    """Write what `ship` made into a store that has no model of that name. Returns the entry."""
-    index, data = read_index(store), save(tensors, {"limpid": description})
+    """Write what `ship` made into a store that has no model of that name. Returns the entry.
+
+    Raises:
+        ValueError: the store has these very weights under another name.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    data = save(tensors, {"limpid": description})
     entry: dict[str, object] = {
         "name": name,
         "size": size,
@@ -97,6 +102,9 @@ def enter(
         "known_answer": known_answer(ShippedCodec.from_tensors(tensors, description, torch.device("cpu"))),
         "training": training,
     }
+    index = read_index(store)
+    if same := [known["name"] for known in index["models"] if known["sha256"] == entry["sha256"]]:
+        raise ValueError(f"expected other weights than those of {same[0]}, whose streams could not be told from these")
     index["models"].append(entry)
     if make_default or "default" not in index:
         index["default"] = name

@@ -8,8 +8,17 @@ const $ = id => document.getElementById(id);
 const viewer = new Viewer($("viewer"), $("canvas"));
 let photo = null, name = "photo", again = null, running = null, links = [], bits = null;
 
-const key = () => $("key").value || sessionStorage.getItem("limpid-key") || "";
+const key = () => $("key").value || kept() || "";
 const bytes = n => n < 1e4 ? `${n} bytes` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(2)} MB`;
+
+// The key, over a reload; where the browser blocks site data there is no such thing.
+function kept(...value) {
+  try {
+    return value.length ? sessionStorage.setItem("limpid-key", ...value) : sessionStorage.getItem("limpid-key");
+  } catch {
+    return null;
+  }
+}
 
 function say(text) { $("status").textContent = text; }
 
@@ -116,8 +125,11 @@ const openStream = stream => run(async signal => {
   finish(stream, restored.photo);
 });
 
-function take(file) {
-  if (!file) return;
+// A file is read once: what is done with it later does not fail when it changed or went meanwhile.
+const take = picked => picked && run(async signal => {
+  const content = await picked.arrayBuffer().catch(() => { throw new Refused(0, `${picked.name} cannot be read.`); });
+  if (signal.aborted) return;
+  const file = new File([content], picked.name ?? "", { type: picked.type });
   name = (file.name ?? "photo").replace(/\.[^.]*$/, "") || "photo";
   const isStream = /\.lmp$/i.test(file.name ?? "") || file.type === "application/vnd.limpid";
   photo = isStream ? null : file;
@@ -125,7 +137,7 @@ function take(file) {
   showPictures(null, null);
   $("facts").hidden = $("downloads").hidden = true;
   again();
-}
+});
 
 function showRate() {
   const rate = $("rate").value, [low, high] = bits?.[rate] ?? [];
@@ -161,7 +173,7 @@ $("effort").addEventListener("input", () => { showEffort(); soon(); });
 $("strength").addEventListener("input", soon);
 $("worse").addEventListener("change", event => { $("strength").disabled = event.target.value === "none"; soon(); });
 $("key").addEventListener("change", () => {
-  sessionStorage.setItem("limpid-key", $("key").value);
+  kept($("key").value);
   again?.();
   foresee();
 });

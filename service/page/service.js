@@ -26,6 +26,7 @@ async function received(answer) {
 // Posts, and posts again where the service has no room or is not ready and says when.
 async function call(path, body, type, key, signal, attempt = 1) {
   const headers = { "Content-Type": type };
+  if (/[^!-~]/.test(key)) throw new Refused(401, "No header can carry this key: expected visible ASCII characters.");
   if (key) headers.Authorization = `Bearer ${key}`;
   const response = await received(fetch(path, { method: "POST", body, headers, signal }));
   if (response.ok) return response;

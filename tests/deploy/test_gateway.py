@@ -291,6 +291,121 @@ def test_a_stream_is_cut_into_its_parts_however_it_arrives(size: int) -> None:
     assert asyncio.run(all_parts()) == [b"one", b"two\r\n"]
 
 
+async def parts_of(*chunks: bytes, then: BaseException | None = None) -> list[bytes]:
+    async def arriving() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+        if then:
+            raise then
+
+    found = []
+    with suppress(httpx.ReadTimeout):
+        async for part in parts(arriving(), b"--frame"):
+            found.append(part)  # noqa: PERF401
+    return found
+
+
+def test_a_part_that_tells_its_length_is_whole_when_it_is_there() -> None:
+    """A camera that films on motion only sends the next boundary minutes later; and a JPEG may hold any bytes."""
+    photo = b"\xff\xd8 --frame\r\n\r\n\xff\xd9"
+    part = b"--frame\r\ncontent-length: %d\r\nContent-Type: image/jpeg\r\n\r\n%s" % (len(photo), photo)
+    quiet = httpx.ReadTimeout("ten seconds")
+    assert asyncio.run(parts_of(part, then=quiet)) == [photo]
+    assert asyncio.run(parts_of(part[:-1], part[-1:] + b"\r\n" + part, then=quiet)) == [photo, photo]
+    assert asyncio.run(parts_of(part[:-1], then=quiet)) == []
+
+
+def test_a_stream_of_bare_line_feeds_is_read() -> None:
+    body = b"".join(b"--frame\nContent-Type: image/jpeg\n\n" + part + b"\n" for part in (b"one", b"t\r\n\r\nwo", b""))
+    assert asyncio.run(parts_of(body + b"--frame\n")) == [b"one", b"t\r\n\r\nwo"]
+
+
+def test_what_is_no_frame_is_told_once_and_holds_up_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    service, out = Service(), tmp_path / "out"
+    (tmp_path / "2026.jpg").mkdir()
+    (tmp_path / "round.jpg").symlink_to("round.jpg")
+    (tmp_path / "z.jpg").write_bytes(b"good")
+
+    async def work() -> None:
+        async with service.client() as limpid:
+            await run_until((out / "z.jpg.lmp").exists, Gateway(limpid, tmp_path, out, {}, 1, False), 0.02)
+
+    asyncio.run(work())
+    assert service.sent == [b"good"]
+    assert sorted(line.getMessage().partition(":")[0] for line in caplog.records) == ["2026.jpg", "round.jpg"]
+
+
+def test_a_folder_that_is_away_for_a_while_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.gateway.PAUSE", 0.01)
+    service, out = Service(), tmp_path / "out"
+    (tmp_path / "a.jpg").write_bytes(b"frame")
+
+    async def work() -> None:
+        async with service.client() as limpid:
+            gateway = Gateway(limpid, tmp_path, out, {}, 1, False)
+            out.rename(tmp_path / "away")
+            asyncio.get_running_loop().call_later(0.1, (tmp_path / "away").rename, out)
+            await run_until((out / "a.jpg.lmp").exists, gateway, 0.02)
+
+    asyncio.run(work())
+    assert service.sent == [b"frame"]
+
+
+def test_while_results_cannot_be_written_frames_are_sent_ever_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.gateway.PAUSE", 0.05)
+    service, times = Service(), []
+    (tmp_path / "a.jpg").write_bytes(b"frame")
+
+    def full(*_: object, **__: object) -> None:
+        times.append(time.monotonic())
+        if len(times) < 5:
+            raise OSError(28, "No space left on device")
+
+    async def work() -> None:
+        async with service.client() as limpid:
+            gateway = Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False)
+            await run_until(lambda: len(times) >= 5, gateway, 0.01, looks=1)
+
+    monkeypatch.setattr("deploy.gateway.write_whole", full)
+    asyncio.run(work())
+    pauses = np.diff(times[:5])
+    assert (pauses >= [0.05, 0.1, 0.2, 0.4]).all()
+
+
+def test_frames_that_are_done_cost_little_at_each_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay without --delete, a day's at a time. One whose result is taken away is to do again."""
+    service, out = Service(), tmp_path / "out"
+    for index in range(20):
+        (tmp_path / f"{index:02}.jpg").write_bytes(b"frame")
+
+    async def work() -> None:
+        async with service.client() as limpid:
+            gateway = Gateway(limpid, tmp_path, out, {}, 4, False)
+            await run_until(lambda: len(list(out.glob("*.lmp"))) == 20, gateway, 0.01)
+            looked_at: list[str] = []
+            monkeypatch.setattr(gateway, "_results", lambda name: looked_at.append(name) or [])
+            assert gateway.waiting() == []
+            assert looked_at == []
+            (out / "07.jpg.lmp").unlink()
+            gateway.waiting()
+            assert [path.name for path, _ in gateway.waiting()] == ["07.jpg"]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("wrong", [["a-file", "out"], ["frames", "out", "--camera", "http://cam:port/x"]])
+def test_what_it_is_started_with_wrongly_is_told_in_a_line(tmp_path: Path, wrong: list[str]) -> None:
+    (tmp_path / "a-file").touch()
+    command = [sys.executable, "-m", "deploy.gateway", *wrong, "--url", "http://127.0.0.1:9"]
+    there = {**os.environ, "PYTHONPATH": os.getcwd()}
+    ended = subprocess.run(command, cwd=tmp_path, env=there, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("python -m deploy.gateway: error: ")
+
+
 def test_a_stream_can_be_thinned() -> None:
     async def film() -> AsyncIterator[bytes]:
         for number in range(8):

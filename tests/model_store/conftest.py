@@ -37,11 +37,12 @@ def run(
     crash_at: int | None = None,
     config: CodecConfig = TINY,
     seed: int | None = 1,
+    tick: float = 1.0,
     **options: Any,
 ) -> Path:
-    """Train for a number of steps: every step is made to take a second of the schedule's time."""
+    """Train for a number of steps: every step is made to take a second of the schedule's time, or `tick` of them."""
     ticks = iter(range(10**6))
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: tick * next(ticks)))
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
     monkeypatch.setitem(CONFIGS, "tiny", config)

@@ -14,14 +14,23 @@ import pytest
 import torch
 from PIL import Image
 
-from model_store.evaluation import trials
+from model_store.evaluation import __main__ as command
+from model_store.evaluation import measuring, trials
 from model_store.evaluation.codecs import PEERS, LimpidCodec, denoised, peer_points
-from model_store.evaluation.conditions import SETS, degraded_photo, uploaded
+from model_store.evaluation.conditions import MEASURED, SETS, degraded_photo, uploaded
 from model_store.evaluation.measuring import peers_of, refined_of
-from model_store.evaluation.rate_distortion import Curve, Record, bd_rate, curves, frontier, read_records
+from model_store.evaluation.rate_distortion import (
+    Curve,
+    Record,
+    bd_rate,
+    check_same_photos,
+    curves,
+    frontier,
+    read_records,
+)
 from model_store.evaluation.tables import effort_table, plot, published_table, table
 from model_store.images import psnr
-from model_store.index import STORE
+from model_store.index import STORE, read_index
 from service.codec.bitstream import Degradation, DegradationKind
 from service.engine import Photo
 
@@ -167,23 +176,101 @@ def test_a_pair_is_the_photo_and_the_one_beside_it(tmp_path: Path, parrots: Phot
 
 @pytest.fixture
 def pairs(tmp_path: Path, parrots: Photo) -> Path:
-    """Two small pairs of the set `rain`."""
+    """Two small pairs of the set `rain`, the degraded photos negatives."""
     (tmp_path / "rain").mkdir()
     for name in "ab":
-        for kind in ("clean", "rain"):
-            Image.fromarray(parrots[:48, :64]).save(tmp_path / "rain" / f"{name}_{kind}.png")
+        for kind, photo in (("clean", parrots), ("rain", 255 - parrots)):
+            Image.fromarray(photo[:48, :64]).save(tmp_path / "rain" / f"{name}_{kind}.png")
     return tmp_path
 
 
-def test_every_peer_is_measured_at_every_quality(pairs: Path) -> None:
+@pytest.fixture
+def of_negatives(parrots: Photo) -> float:
+    """PSNR of a codec that gets the negative, keeps it and is measured against the photo."""
+    return psnr(255 - parrots[:48, :64], parrots[:48, :64])
+
+
+def test_every_peer_is_measured_at_every_quality(pairs: Path, of_negatives: float) -> None:
     measured = peers_of(pairs / "rain/a_clean.png", 0, "rain")
     assert {(record.codec, record.setting) for record in measured} == {
         ("INPUT", 0), *((format, quality) for format, qualities in PEERS.items() for quality in qualities)
     }  # fmt: skip
     assert all(record.bpp == pytest.approx(8 * record.bytes / (48 * 64), abs=1e-5) for record in measured)
+    assert all(record.psnr == pytest.approx(of_negatives, abs=1) for record in measured)
 
 
-def test_every_photo_is_measured_by_processes_of_their_own(pairs: Path) -> None:
+def test_the_denoiser_is_tuned_for_what_comes_after_it(
+    pairs: Path, parrots: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pairs / "kodak").mkdir()
+    path = pairs / "kodak" / "a.png"
+    Image.fromarray(parrots[:128, :128]).save(path)
+    monkeypatch.setitem(SETS, "kodak", tuple(one for one in SETS["kodak"] if one.name in ("clean", "noise-25", "rain")))
+    monkeypatch.setattr(measuring, "SHARES", (0.4, 3.0))
+    tried = measuring.tried_of(path, 0, "kodak")
+    shares = measuring.best_shares(tried)
+    assert shares == {"noise-25": {"WEBP": 0.4, "AVIF": 0.4}}
+    best = {(r.codec.split()[0], r.setting): r for r in tried if r.codec.endswith("0.4")}
+    for record in measuring.cascade_of({"noise-25": {"WEBP": 0.4, "AVIF": 3.0}}, path, 0, "kodak"):
+        same = best[record.codec.removeprefix("NLM+"), record.setting]
+        assert (record.bytes == same.bytes) is record.codec.endswith("WEBP")
+    within = {"AVIF 0.3": 26.0, "AVIF 0.5": 25.0, "WEBP 0.3": 24.0, "WEBP 0.5": 25.0}
+    told = [one for codec, best in within.items() for one in records(codec, [(1, 0.4, best), (2, 0.6, best + 3)])]
+    assert measuring.best_shares(told) == {"noise-25": {"AVIF": 0.3, "WEBP": 0.5}}
+
+
+def test_means_of_other_photos_are_not_compared() -> None:
+    ours, theirs = records("LIMPID", [(1, 0.1, 27.0)]), records("JPEG", [(10, 0.2, 25.0)])
+    check_same_photos([*ours, *theirs, *records("JPEG", [(10, 0.2, 25.0)], "clean")])
+    with pytest.raises(ValueError, match=r"same photos of kodak under noise-25 .*'LIMPID': 1, 'JPEG': 2"):
+        check_same_photos([*ours[:1], *theirs])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["report"], "expected results of edge-9 in"),
+        (["report", "--name", "edge-99"], "expected a model of"),
+        (["naming", "--photos", "."], "expected PNG photos in kodak"),
+        (["effort", "--photos", ".", "--conditions", "noise15"], "invalid choice: 'noise15'"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_and_spoils_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = (STORE / "store.json").read_bytes()
+    monkeypatch.setattr("sys.argv", ["evaluation", *args, "--results", str(tmp_path / "results")])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert words in capsys.readouterr().err
+    assert (STORE / "store.json").read_bytes() == before
+    assert not list(tmp_path.glob("results/*"))
+
+
+def test_what_is_measured_of_a_few_photos_takes_no_place_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluation", "peers", "--photos", ".", "--limit", "1"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--results of its own" in capsys.readouterr().err
+
+
+def test_what_a_store_says_of_its_models_is_what_was_measured() -> None:
+    for entry in read_index(STORE)["models"]:
+        paths = [command.RESULTS / f"{entry['name']}-{photos}.json" for photos in MEASURED]
+        wanted = {
+            (photos, condition, rate): (round(bpp, 4), round(value, 3))
+            for (photos, condition, _), curve in curves(read_records(path for path in paths if path.exists())).items()
+            for rate, bpp, value in zip(curve.setting, curve.bpp, curve.psnr)
+        }
+        told = {(m["photos"], m["degradation"], m["rate"]): (m["bpp"], m["psnr"]) for m in entry["measured"]}
+        assert told == wanted, entry["name"]
+        assert told
+
+
+def test_every_photo_is_measured_by_processes_of_their_own(pairs: Path, of_negatives: float) -> None:
     options = ["--photos", pairs, "--results", pairs, "--sets", "rain", "--jobs", "2", "--name", "edge-8"]
     subprocess.run([sys.executable, "-m", "model_store.evaluation", "model", *options], check=True)
     measured = read_records([pairs / "edge-8-rain.json"])
@@ -191,6 +278,7 @@ def test_every_photo_is_measured_by_processes_of_their_own(pairs: Path) -> None:
     rates = [rate for (condition,) in (SETS["rain"],) for rate in condition.rates]
     assert [(record.photo, record.setting) for record in measured] == [(name, rate) for name in "ab" for rate in rates]
     assert all(record.bpp == pytest.approx(8 * record.bytes / (48 * 64), abs=1e-5) for record in measured)
+    assert all(record.psnr == pytest.approx(of_negatives, abs=3) for record in measured)
 
 
 def test_naming_counts_the_first_name_of_a_kind(tmp_path: Path, parrots: Photo) -> None:

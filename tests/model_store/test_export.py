@@ -36,9 +36,11 @@ def test_an_exported_run_is_a_model_that_the_service_loads(
 ) -> None:
     checkpoint = run(photos, tmp_path / "run", 4, monkeypatch, config=config)
     monkeypatch.setitem(CONFIGS, "tiny", config)
-    store = tmp_path / "store"
-    store.mkdir()
+    store = tmp_path / "new" / "store"
     export(checkpoint, "tiny-1", store)
+    with pytest.raises(ValueError, match="other weights than those of tiny-1"):
+        export(checkpoint, "tiny-twin", store)
+    export(checkpoint, "tiny-trial", store, make_default=False, photos=photos, batches=1)
     engine = Engine(ModelStore(store), "cpu")
     assert engine.default.entry.name == "tiny-1"
     (back,) = engine.decode(engine.encode([EncodeJob(bikes, 4)]))

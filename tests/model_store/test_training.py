@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -232,6 +233,31 @@ def test_the_entropy_model_learns_as_much_beside_a_steep_gradient(photos: Path) 
     assert torch.equal(usual, beside)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_changes_nothing(photos: Path, wrong: float) -> None:
+    data = next(iter(Batches(PhotoPool(photos, 64, CPU), 2, 64, CPU, seed=1)))
+    torch.manual_seed(6)
+    model = TrainableCodec(TINY).train()
+    transforms = [*model.g_a.parameters(), *model.g_s.parameters()]
+    entropy = [*model.prior.parameters(), *model.z_prior.parameters(), *model.h_a.parameters()]
+    optimizer = torch.optim.Adam([{"params": transforms}, {"params": entropy}], fused=True)
+    one = one_step.Step(model, optimizer, train_transforms=True, bf16=False)
+    one(data.degraded, data.clean, data.rate, 0.0)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    spoilt = transforms[0].register_hook(lambda grad: grad * wrong)
+    one(data.degraded, data.clean, data.rate, 0.0)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
+    assert float(one.sums[one_step.FIGURES.index("dropped")]) == 1
+    spoilt.remove()
+    one(data.degraded, data.clean, data.rate, 0.0)
+    assert not torch.equal(before[0], next(model.parameters()))
+
+
+def test_a_trainer_that_slept_has_not_trained(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = torch.load(run(photos, tmp_path / "run", 30, monkeypatch, tick=1000.0), weights_only=True)
+    assert (checkpoint["step"], checkpoint["seconds"]) == (3, 30)
+
+
 def test_a_short_run_warms_up_for_a_twentieth_of_its_time() -> None:
     schedule = Schedule(minutes=10, lr=1e-4, prior_lr=1e-4, steady=0.5)
     assert schedule.factor(15, 9) == pytest.approx(0.5)  # few slow steps
@@ -312,7 +338,13 @@ def test_a_folder_without_photos_is_named(tmp_path: Path) -> None:
 def test_photos_that_models_are_measured_on_are_not_learned_from(
     photos: Path, monkeypatch: pytest.MonkeyPatch, bikes: Photo
 ) -> None:
-    assert len(held_out.FILE.read_text().split()) == 110
+    lines = held_out.FILE.read_text().split()
+    assert len(lines) == 110
+    assert np.packbits(held_out._known(), 1).tobytes().hex() == "".join(lines)
+    of_bikes = np.packbits(held_out.fingerprint(Image.fromarray(bikes))).tobytes().hex()
+    assert of_bikes == "36341a3c9d15213135abb0d3d0f4483d623ae707b3f8719c61cf254ff14f1c13", (
+        "the list would no longer know its photos"
+    )
     assert len(PhotoPool(photos, 64, CPU).photos) == 4  # two photos, and each at half its size
     known = held_out.fingerprint(Image.fromarray(bikes))[None]
     monkeypatch.setattr(held_out, "_known", lambda: known)

@@ -43,6 +43,7 @@ def test_every_case_is_seen_at_its_rates(sets: Path) -> None:
     for curve in found.values():
         assert np.isfinite(curve.psnr).all()
         assert min(curve.bpp) > 0
+    assert found["rain pairs"].psnr[0] < 10 < found["kodak clean"].psnr[0], "against the clean one"
     assert found["rain pairs"].bpp[1] < found["kodak clean"].bpp[1]  # its photo is black: rate 7 below rate 4
 
 

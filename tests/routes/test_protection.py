@@ -81,6 +81,15 @@ def test_cors_is_off_unless_an_origin_is_set(own: TestClient, client: TestClient
     assert "access-control-allow-origin" not in client.get("/variants", headers=origin).headers
 
 
+def test_a_page_of_an_allowed_origin_may_send_a_key_and_read_the_headers(own: TestClient) -> None:
+    origin = {"Origin": "https://example.org"}
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key, limpid-timeout"}
+    may = own.options("/compress", headers={**origin, **asks})
+    assert may.status_code == 200
+    assert {"x-api-key", "limpid-timeout"} <= set(may.headers["access-control-allow-headers"].lower().split(", "))
+    assert own.get("/variants", headers=origin).headers["access-control-expose-headers"] == "*"
+
+
 def test_a_page_of_an_allowed_origin_can_read_every_refusal(own: TestClient) -> None:
     origin = {"Origin": "https://example.org", "Content-Length": str(2**40)}
     answer = own.post("/compress", content=iter([b"x"]), headers=origin)
