@@ -209,7 +209,7 @@ class Gateway:
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self.settle = settle
         self._seen: dict[str, tuple[State, float]] = {}
-        self._done: dict[str, tuple[State, Path]] = {}
+        self._done: dict[str, tuple[State, str]] = {}
         self._told: set[str] = set()
         self._pause = PAUSE
         if delete:
@@ -245,30 +245,31 @@ class Gateway:
         """Frames to send: complete (as they were `settle` seconds ago and at the last look), and without a result."""
         found = []
         seen: dict[str, tuple[State, float]] = {}
-        done: dict[str, tuple[State, Path]] = {}
+        done: dict[str, tuple[State, str]] = {}
         now = time.monotonic()
-        results = {*self.out.iterdir(), *self.refused.iterdir()}
-        for path in sorted(self.frames.iterdir()):
-            if path.suffix.lower() not in PHOTO_ENDINGS or path.name.startswith(".") or path.name in self._under_way:
+        results = {f"{folder}/{name}" for folder in (self.out, self.refused) for name in os.listdir(folder)}
+        for name in sorted(os.listdir(self.frames)):
+            if not name.lower().endswith(PHOTO_ENDINGS) or name.startswith(".") or name in self._under_way:
                 continue
+            path = self.frames / name
             try:
                 state = state_of(path)
-                known = self._done.get(path.name)
+                known = self._done.get(name)
                 if known and known[0] == state and known[1] in results:  # there may be many of them
-                    done[path.name] = known
+                    done[name] = known
                     continue
                 if of_it := self._results_of(path, state)[1]:
-                    done[path.name] = state, of_it[0]
+                    done[name] = state, str(of_it[0])
                     continue
             except FileNotFoundError:  # somebody took it away
                 continue
             except OSError as error:
-                if path.name not in self._told:
-                    log.error("%s: %s; it is left alone", path.name, error)
-                    self._told.add(path.name)
+                if name not in self._told:
+                    log.error("%s: %s; it is left alone", name, error)
+                    self._told.add(name)
                 continue
-            before, since = self._seen.get(path.name, (None, now))
-            seen[path.name] = state, since if state == before else now
+            before, since = self._seen.get(name, (None, now))
+            seen[name] = state, since if state == before else now
             if state == before and now - since >= self.settle:
                 found.append((path, state))
         self._seen, self._done = seen, done

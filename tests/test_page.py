@@ -275,6 +275,21 @@ def test_a_file_that_goes_meanwhile_is_kept_and_one_that_cannot_be_read_is_told(
     playwright.expect(page.locator("#error")).to_have_text("folder cannot be read.")
 
 
+def test_a_slider_that_is_moved_while_a_sample_loads_waits_for_it(page: playwright.Page, bikes: Photo) -> None:
+    upload(page, "a.png", image_bytes(bikes))
+    done(page)
+    held: list[playwright.Route] = []
+    page.route("**/samples/*", lambda route: held.append(route))
+    page.click("button[data-sample=noise]")
+    page.focus("#rate")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(500)
+    held[0].continue_()
+    playwright.expect(page.locator("#fact-model")).to_have_text(re.compile("rate 5"))
+    done(page)
+    assert saved(page, "#save-stream")[0] == "noise.lmp"
+
+
 def test_the_page_works_where_the_browser_blocks_site_data(
     browser: playwright.Browser, base: str, bikes: Photo
 ) -> None:

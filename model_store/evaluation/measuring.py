@@ -22,7 +22,7 @@ from model_store.evaluation.rate_distortion import BUDGET, Record, curves
 CASCADED = ("WEBP", "AVIF")
 """What comes after the cascade's denoiser."""
 
-SHARES = (0.3, 0.36, 0.42, 0.48, 0.56, 0.65, 0.75)
+SHARES = (0.25, 0.3, 0.36, 0.42, 0.48, 0.56, 0.65, 0.75)
 """Of sigma: the strengths over which the denoiser is tuned, for each noise and each format."""
 
 TUNED_EVERY = 8

@@ -6,7 +6,7 @@ import { worsen } from "./worse.js";
 
 const $ = id => document.getElementById(id);
 const viewer = new Viewer($("viewer"), $("canvas"));
-let photo = null, name = "photo", again = null, running = null, links = [], bits = null;
+let photo = null, name = "photo", again = null, running = null, links = [], bits = null, loading = null;
 
 const key = () => $("key").value || kept() || "";
 const bytes = n => n < 1e4 ? `${n} bytes` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(2)} MB`;
@@ -164,7 +164,7 @@ function showEffort() {
 }
 
 let later;
-const soon = () => { clearTimeout(later); later = setTimeout(process, 150); };
+const soon = () => { clearTimeout(later); later = setTimeout(() => loading?.aborted === false || process(), 150); };
 
 $("file").addEventListener("click", event => { event.target.value = ""; }); // so that the same file can be picked again
 $("file").addEventListener("change", event => take(event.target.files[0]));
@@ -179,7 +179,10 @@ $("key").addEventListener("change", () => {
 });
 $("samples").addEventListener("click", event => {
   const chosen = event.target.closest("button")?.dataset.sample;
-  if (chosen) run(async signal => take(await sample(chosen, signal)));
+  if (chosen) run(async signal => {
+    loading = signal; // a slider that is moved meanwhile waits for it
+    take(await sample(chosen, signal).finally(() => { loading = null; }));
+  });
 });
 document.addEventListener("paste", event => take(event.clipboardData?.files[0]));
 document.addEventListener("dragover", event => { event.preventDefault(); document.body.classList.add("dragging"); });
