@@ -117,7 +117,6 @@ class Batcher(Generic[Item, Result]):
         self._running: set[asyncio.Task[None]] = set()
         self._pumping = False
         self._wake: asyncio.TimerHandle | None = None
-        self._seconds_per_item = 0.0
         self._seconds = self._pixels = 0.0  # of batches that were finished, the late ones counting most
         self.waiting_items = 0
         self.waiting_bytes = 0
@@ -145,14 +144,8 @@ class Batcher(Generic[Item, Result]):
         """
         if self.broken:
             raise self.broken
-        limits = self._limits
-        if not begun and self.waiting_items >= limits.queue_items:
-            raise QueueFull(f"{self.waiting_items} requests wait already, the most that may", self.retry_after())
-        if not begun and self.waiting_items and self.waiting_bytes + bytes > limits.queue_bytes:
-            raise QueueFull(f"{self.waiting_bytes} bytes wait already, too many to add {bytes}", self.retry_after())
-        ahead = self._pixels_ahead / limits.in_flight
-        if not begun and self.waiting_items and self._clock() + _MARGIN * self._needed(ahead + pixels) > deadline:
-            raise QueueFull("what waits already leaves too little time before the deadline", self.retry_after())
+        if not begun:
+            self.check_room(pixels=pixels, bytes=bytes, deadline=deadline)
         entry: _Entry[Item, Result] = _Entry(
             item, key, pixels, bytes, deadline, self._clock(), next(self._order), asyncio.Future()
         )
@@ -168,9 +161,20 @@ class Batcher(Generic[Item, Result]):
                 self._leave(entry)
             raise
 
+    def check_room(self, *, pixels: int = 0, bytes: int = 0, deadline: float = math.inf) -> None:
+        """Raises:
+        QueueFull: the queue has no room for such an item, or would not come to it in time.
+        """
+        if self.waiting_items >= self._limits.queue_items:
+            raise QueueFull(f"{self.waiting_items} requests wait already, the most that may", self.retry_after())
+        if self.waiting_items and self.waiting_bytes + bytes > self._limits.queue_bytes:
+            raise QueueFull(f"{self.waiting_bytes} bytes wait already, too many to add {bytes}", self.retry_after())
+        if self.waiting_items and self._clock() + _MARGIN * (self._ahead() + self._needed(pixels)) > deadline:
+            raise QueueFull("what waits already leaves too little time before the deadline", self.retry_after())
+
     def retry_after(self) -> int:
-        """Whole seconds, 1 to 60, in which what waits now will have drained at the measured rate."""
-        return min(60, max(1, math.ceil(self.waiting_items * self._seconds_per_item)))
+        """Whole seconds, 1 to 60, in which what waits and runs now will have drained at the pace of late."""
+        return min(60, max(1, math.ceil(self._ahead())))
 
     @property
     def running(self) -> int:
@@ -255,9 +259,13 @@ class Batcher(Generic[Item, Result]):
             del self._buckets[key]
         return batch
 
-    def _needed(self, pixels: float) -> float:
+    def _needed(self, pixels: int) -> float:
         """Seconds from launch to result for so many pixels, at the pace of late."""
         return pixels * self._seconds / self._pixels if self._pixels else 0.0
+
+    def _ahead(self) -> float:
+        """Seconds in which all that waits or runs will be done, as if the latter had just begun."""
+        return self._needed(self._pixels_ahead) / self._limits.in_flight
 
     def _alive(self, entry: _Entry[Item, Result], needed: float = 0.0) -> bool:
         """Whether somebody waits for it who would have it in time, if it takes so many seconds."""
@@ -277,8 +285,6 @@ class Batcher(Generic[Item, Result]):
         if not any(_delivered(entry) for entry in batch):  # what was given up tells nothing of the pace
             return
         seconds = self._clock() - launched
-        share = seconds / len(batch) / self._limits.in_flight
-        self._seconds_per_item += 0.2 * (share - self._seconds_per_item) if self._seconds_per_item else share
         self._seconds = 0.8 * self._seconds + seconds
         self._pixels = 0.8 * self._pixels + sum(entry.pixels for entry in batch)
 

@@ -257,6 +257,7 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
     call = Exchange(request, service, ready, operation, time.monotonic() + timeout)
     if service.admitted >= service.settings.max_queue_items:
         raise call.refusal(f"{service.admitted} requests are in progress")
+    ready.batcher.check_room(deadline=call.deadline)  # before the body comes and is decoded for nothing
     announced = request.headers.get("content-length", "")
     call.expect(int(announced) if announced.isdecimal() else 0)
     in_progress = service.metrics.in_progress.labels(operation)

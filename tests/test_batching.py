@@ -248,7 +248,10 @@ def test_what_would_come_too_late_behind_what_waits_is_refused_at_once() -> None
         await settle()
         with pytest.raises(QueueFull, match="too little time") as caught:
             await batcher.submit(4, "a", pixels=10, deadline=10 + 40)
-        assert caught.value.retry_after == 20
+        assert caught.value.retry_after == 30
+        batcher.check_room(pixels=10, deadline=10 + 51)
+        with pytest.raises(QueueFull, match="too little time"):
+            batcher.check_room(deadline=10 + 37)
         with pytest.raises(QueueFull, match="too little time"):
             await batcher.submit(4, "b", pixels=10, deadline=10 + 40)
         tasks += [submit(batcher, 4, pixels=10, deadline=10 + 51)]
@@ -321,20 +324,20 @@ def test_a_batch_grows_no_larger_than_its_deadlines_allow() -> None:
 def test_what_was_given_up_tells_nothing_of_the_pace() -> None:
     async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
         batcher = make(queue_items=4, batch_items=1)
-        first = submit(batcher, 0)
+        first = submit(batcher, 0, pixels=1)
         await device.step(3)
         assert (await first).result == 0
         device.poison = {1}
         for _ in range(5):
-            given_up = submit(batcher, 1)
+            given_up = submit(batcher, 1, pixels=1)
             await settle()
             given_up.cancel()
             await device.step(0.01)
-        waiting = [submit(batcher, 2)]
+        waiting = [submit(batcher, 2, pixels=1)]
         await settle()
-        waiting += [submit(batcher, item) for item in range(3, 7)]
+        waiting += [submit(batcher, item, pixels=1) for item in range(3, 7)]
         await settle()
-        assert batcher.retry_after() == 12
+        assert batcher.retry_after() == 15  # one runs, four wait
         await device.finish()
         assert [(await task).result for task in waiting] == [20, 30, 40, 50, 60]
 
@@ -344,17 +347,17 @@ def test_what_was_given_up_tells_nothing_of_the_pace() -> None:
 def test_a_full_queue_says_when_to_come_back() -> None:
     async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
         batcher = make(queue_items=4, batch_items=1, queue_bytes=100)
-        done = [submit(batcher, item) for item in range(2)]
+        done = [submit(batcher, item, pixels=1) for item in range(2)]
         await device.step(3)
         await device.step(3)
         await asyncio.gather(*done)
-        tasks = [submit(batcher, 0, bytes=10)]
+        tasks = [submit(batcher, 0, bytes=10, pixels=1)]
         await settle()
-        tasks += [submit(batcher, item, bytes=10) for item in range(1, 5)]
+        tasks += [submit(batcher, item, bytes=10, pixels=1) for item in range(1, 5)]
         await settle()
         with pytest.raises(QueueFull, match="4 requests wait") as caught:
             await batcher.submit(9, "a")
-        assert caught.value.retry_after == 12
+        assert caught.value.retry_after == 15  # one runs, four wait
         tasks[4].cancel()
         await settle()
         with pytest.raises(QueueFull, match="30 bytes wait"):

@@ -9,15 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
-from deploy.gateway import Gateway, State, _film, boundary, camera_frames, greet, parts, snapshot, thinned
+from deploy.gateway import Gateway, State, _film, greet
 from service.client import AsyncClient
 from service.codec.bitstream import Bitstream
 from service.engine import Engine, Photo
@@ -275,51 +275,6 @@ def test_a_new_frame_of_a_known_name_is_sent_once_and_takes_nothing_away(tmp_pat
     assert path.exists() is not delete
 
 
-@pytest.mark.parametrize("size", [1, 7, 10_000])
-def test_a_stream_is_cut_into_its_parts_however_it_arrives(size: int) -> None:
-    body = b"".join(
-        b"--x y\r\nContent-Type: image/jpeg\r\n\r\n" + part + b"\r\n" for part in (b"one", b"two\r\n", b"cut")
-    )
-
-    async def chunks() -> AsyncIterator[bytes]:
-        for start in range(0, len(body), size):
-            yield body[start : start + size]
-
-    async def all_parts() -> list[bytes]:
-        return [part async for part in parts(chunks(), boundary('multipart/x-mixed-replace; boundary="--x y"'))]
-
-    assert asyncio.run(all_parts()) == [b"one", b"two\r\n"]
-
-
-async def parts_of(*chunks: bytes, then: BaseException | None = None) -> list[bytes]:
-    async def arriving() -> AsyncIterator[bytes]:
-        for chunk in chunks:
-            yield chunk
-        if then:
-            raise then
-
-    found = []
-    with suppress(httpx.ReadTimeout):
-        async for part in parts(arriving(), b"--frame"):
-            found.append(part)  # noqa: PERF401
-    return found
-
-
-def test_a_part_that_tells_its_length_is_whole_when_it_is_there() -> None:
-    """A camera that films on motion only sends the next boundary minutes later; and a JPEG may hold any bytes."""
-    photo = b"\xff\xd8 --frame\r\n\r\n\xff\xd9"
-    part = b"--frame\r\ncontent-length: %d\r\nContent-Type: image/jpeg\r\n\r\n%s" % (len(photo), photo)
-    quiet = httpx.ReadTimeout("ten seconds")
-    assert asyncio.run(parts_of(part, then=quiet)) == [photo]
-    assert asyncio.run(parts_of(part[:-1], part[-1:] + b"\r\n" + part, then=quiet)) == [photo, photo]
-    assert asyncio.run(parts_of(part[:-1], then=quiet)) == []
-
-
-def test_a_stream_of_bare_line_feeds_is_read() -> None:
-    body = b"".join(b"--frame\nContent-Type: image/jpeg\n\n" + part + b"\n" for part in (b"one", b"t\r\n\r\nwo", b""))
-    assert asyncio.run(parts_of(body + b"--frame\n")) == [b"one", b"t\r\n\r\nwo"]
-
-
 def test_what_is_no_frame_is_told_once_and_holds_up_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     service, out = Service(), tmp_path / "out"
     (tmp_path / "2026.jpg").mkdir()
@@ -406,21 +361,6 @@ def test_what_it_is_started_with_wrongly_is_told_in_a_line(tmp_path: Path, wrong
     assert ended.stderr.splitlines()[-1].startswith("python -m deploy.gateway: error: ")
 
 
-def test_a_stream_can_be_thinned() -> None:
-    async def film() -> AsyncIterator[bytes]:
-        for number in range(8):
-            yield bytes([number])
-            await asyncio.sleep(0.05)
-
-    async def kept(every: float) -> list[int]:
-        return [frame[0] async for frame in thinned(film(), every)]
-
-    assert asyncio.run(kept(0)) == list(range(8))
-    first, *others = asyncio.run(kept(0.17))
-    assert first == 0
-    assert 1 <= len(others) <= 2
-
-
 @pytest.mark.parametrize(("effort", "most"), [(0, 0), (None, 0), (4, 8), (4, 3), (1, None)])
 @pytest.mark.parametrize("model", [None, "edge-8", "edge-7"])
 def test_what_the_service_does_not_offer_is_told_at_once(
@@ -438,12 +378,6 @@ def test_what_the_service_does_not_offer_is_told_at_once(
     assert "serves edge-8" in caplog.text
     assert ("allows an effort of" in caplog.text) is ((effort or 0) > (most or 0))
     assert ("has no model edge-7" in caplog.text) is (model == "edge-7")
-
-
-def test_a_stream_that_names_no_boundary_is_not_cut() -> None:
-    assert boundary("multipart/x-mixed-replace;Boundary=abc") == b"--abc"
-    with pytest.raises(httpx.RemoteProtocolError, match="boundary"):
-        boundary("multipart/x-mixed-replace")
 
 
 @pytest.mark.parametrize(
@@ -556,26 +490,6 @@ def test_snapshots_are_kept_while_there_is_room_for_them(tmp_path: Path, caplog:
     assert kept()[2] not in (b"snapshot 1", b"snapshot 4")  # the fourth found no room
 
 
-def test_a_password_of_a_camera_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    class Camera(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(401)
-
-        def log_message(self, *_: object) -> None: ...
-
-    async def first() -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(0.5):
-                await anext(camera_frames(f"http://admin:hunter2@127.0.0.1:{server.server_port}/", 1))
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Camera) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        asyncio.run(first())
-        server.shutdown()
-    assert "it answers 401" in caplog.text
-    assert "hunter2" not in caplog.text
-
-
 @pytest.mark.parametrize("kept", [1, 100, 10**7])
 def test_a_frame_is_sent_once_whatever_times_its_result_can_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
@@ -594,28 +508,3 @@ def test_a_frame_is_sent_once_whatever_times_its_result_can_have(
     asyncio.run(work())
     assert sorted(service.sent) == [b"a", b"b", b"c"]
     assert sorted(path.name for path in out.glob("*.lmp")) == ["a.jpg.lmp", "b.jpg.lmp", "c.jpg.lmp"]
-
-
-def test_a_snapshot_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.gateway.LARGEST_FRAME", 1000)
-
-    async def endless() -> AsyncIterator[bytes]:
-        while True:
-            yield b"x" * 100
-
-    with pytest.raises(httpx.RemoteProtocolError, match="more than 1000 bytes"):
-        asyncio.run(snapshot(endless()))
-
-
-def test_a_part_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.gateway.LARGEST_FRAME", 1000)
-
-    async def endless() -> AsyncIterator[bytes]:
-        while True:
-            yield b"x" * 100
-
-    async def all_parts() -> list[bytes]:
-        return [part async for part in parts(endless(), b"--frame")]
-
-    with pytest.raises(httpx.RemoteProtocolError, match="no boundary"):
-        asyncio.run(all_parts())
