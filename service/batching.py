@@ -23,6 +23,9 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_LEAST_PIXELS = 2**16
+"""What takes as long as anything smaller: by its pixels alone one of 16x16 would make 12 megapixels hopeless."""
+
 _MARGIN = 1.25
 """An item is refused where so many times the seconds that it should take, with what is ahead of it, are not left."""
 
@@ -90,6 +93,11 @@ class _Entry(Generic[Item, Result]):
     order: int
     future: asyncio.Future[Done[Result]] = field(repr=False)
 
+    @property
+    def work(self) -> int:
+        """The pixels that it counts for in time."""
+        return max(_LEAST_PIXELS, self.pixels)
+
 
 class Batcher(Generic[Item, Result]):
     """Forms batches and hands them to the runner.
@@ -117,10 +125,10 @@ class Batcher(Generic[Item, Result]):
         self._running: set[asyncio.Task[None]] = set()
         self._pumping = False
         self._wake: asyncio.TimerHandle | None = None
-        self._seconds = self._pixels = 0.0  # of batches that were finished, the late ones counting most
+        self._seconds = self._work = 0.0  # of batches that were finished, the late ones counting most
         self.waiting_items = 0
         self.waiting_bytes = 0
-        self._pixels_ahead = 0  # of all that wait or run
+        self._work_ahead = 0  # of all that wait or run
         self.broken: DeviceBroken | None = None
 
     async def submit(
@@ -169,7 +177,8 @@ class Batcher(Generic[Item, Result]):
             raise QueueFull(f"{self.waiting_items} requests wait already, the most that may", self.retry_after())
         if self.waiting_items and self.waiting_bytes + bytes > self._limits.queue_bytes:
             raise QueueFull(f"{self.waiting_bytes} bytes wait already, too many to add {bytes}", self.retry_after())
-        if self.waiting_items and self._clock() + _MARGIN * (self._ahead() + self._needed(pixels)) > deadline:
+        seconds = _MARGIN * (self._ahead() + self._needed(max(_LEAST_PIXELS, pixels)))
+        if self.waiting_items and self._clock() + seconds > deadline:
             raise QueueFull("what waits already leaves too little time before the deadline", self.retry_after())
 
     def retry_after(self) -> int:
@@ -186,7 +195,7 @@ class Batcher(Generic[Item, Result]):
     def _count(self, entry: _Entry[Item, Result], sign: int) -> None:
         self.waiting_items += sign
         self.waiting_bytes += sign * entry.bytes
-        self._pixels_ahead += sign * entry.pixels
+        self._work_ahead += sign * entry.work
 
     def _leave(self, entry: _Entry[Item, Result]) -> None:
         """Account for an entry that was taken out of its bucket."""
@@ -210,7 +219,7 @@ class Batcher(Generic[Item, Result]):
             batch = self._take(key := min(ready, key=lambda key: self._buckets[key][0].order))
             if batch:
                 self._events.launched(key, len(batch))
-                self._pixels_ahead += sum(entry.pixels for entry in batch)
+                self._work_ahead += sum(entry.work for entry in batch)
                 task = asyncio.ensure_future(self._run(key, batch))
                 self._running.add(task)
                 task.add_done_callback(self._finished)
@@ -242,30 +251,29 @@ class Batcher(Generic[Item, Result]):
 
     def _take(self, key: Hashable) -> list[_Entry[Item, Result]]:
         """The next batch of a bucket, without what was cancelled or is too late; no larger than its deadlines allow."""
-        bucket, pixels, deadline = self._buckets[key], 0, math.inf
+        bucket, pixels, work, deadline = self._buckets[key], 0, 0, math.inf
         batch: list[_Entry[Item, Result]] = []
         while bucket and len(batch) < self._limits.batch_items:
             entry = bucket[0]
             # Where nothing runs there is nothing to lose, and an estimate that was too high can mend.
-            if self._alive(entry, self._needed(entry.pixels) if batch or self._running else 0.0):
-                more, earliest = pixels + entry.pixels, min(deadline, entry.deadline)
-                if batch and (more > self._limits.batch_pixels or self._clock() + self._needed(more) > earliest):
+            if self._alive(entry, self._needed(entry.work) if batch or self._running else 0.0):
+                pixels, work, deadline = pixels + entry.pixels, work + entry.work, min(deadline, entry.deadline)
+                if batch and (pixels > self._limits.batch_pixels or self._clock() + self._needed(work) > deadline):
                     break
                 batch.append(entry)
-                pixels, deadline = more, earliest
             bucket.popleft()
             self._count(entry, -1)
         if not bucket:
             del self._buckets[key]
         return batch
 
-    def _needed(self, pixels: int) -> float:
+    def _needed(self, work: int) -> float:
         """Seconds from launch to result for so many pixels, at the pace of late."""
-        return pixels * self._seconds / self._pixels if self._pixels else 0.0
+        return work * self._seconds / self._work if self._work else 0.0
 
     def _ahead(self) -> float:
         """Seconds in which all that waits or runs will be done, as if the latter had just begun."""
-        return self._needed(self._pixels_ahead) / self._limits.in_flight
+        return self._needed(self._work_ahead) / self._limits.in_flight
 
     def _alive(self, entry: _Entry[Item, Result], needed: float = 0.0) -> bool:
         """Whether somebody waits for it who would have it in time, if it takes so many seconds."""
@@ -281,12 +289,12 @@ class Batcher(Generic[Item, Result]):
     async def _run(self, key: Hashable, batch: list[_Entry[Item, Result]]) -> None:
         launched = self._clock()
         await self._attempt(key, batch, launched)
-        self._pixels_ahead -= sum(entry.pixels for entry in batch)
+        self._work_ahead -= sum(entry.work for entry in batch)
         if not any(_delivered(entry) for entry in batch):  # what was given up tells nothing of the pace
             return
         seconds = self._clock() - launched
         self._seconds = 0.8 * self._seconds + seconds
-        self._pixels = 0.8 * self._pixels + sum(entry.pixels for entry in batch)
+        self._work = 0.8 * self._work + sum(entry.work for entry in batch)
 
     async def _attempt(self, key: Hashable, batch: list[_Entry[Item, Result]], launched: float) -> None:
         try:

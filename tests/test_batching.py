@@ -219,6 +219,22 @@ def test_what_would_not_be_done_in_time_is_not_begun() -> None:
     simulate(scenario)
 
 
+def test_a_small_photo_does_not_make_a_large_one_hopeless() -> None:
+    async def scenario(device: Device, make: Callable[..., Batcher[int, int]]) -> None:
+        batcher = make(batch_items=1)
+        tasks = []
+        for item in range(30):  # a twentieth of a second each, whatever is in them
+            tasks.append(submit(batcher, item, pixels=256))
+            await device.step(0.05)
+        tasks += [submit(batcher, item, pixels=12_000_000) for item in (30, 31)]
+        await settle()
+        tasks.append(submit(batcher, 32, pixels=12_000_000, deadline=device.now + 60))
+        await device.finish()
+        assert (await tasks[-1]).result == 320
+
+    simulate(scenario)
+
+
 class SimulatedLoop(asyncio.SelectorEventLoop):
     """Where waiting takes no time."""
 

@@ -245,12 +245,12 @@ def test_who_would_come_too_late_is_refused_before_the_photo_is_read(own: TestCl
     service = state(own).ready
     assert service
     batcher = service.batcher
-    batcher._seconds, batcher._pixels = 20.0, 1.0
-    batcher.waiting_items, batcher._pixels_ahead = 1, 4  # 40 seconds with two batches in flight
+    batcher._seconds, batcher._work = 20.0, 2.0**16
+    batcher.waiting_items, batcher._work_ahead = 1, 4 * 2**16  # 40 seconds with two batches in flight
     answer = own.post("/compress", content=image_bytes(bikes), headers={"Limpid-Timeout": "49"})
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "40")
     assert "too little time" in answer.json()["detail"]
-    batcher.waiting_items = batcher._pixels_ahead = 0
+    batcher.waiting_items = batcher._work_ahead = 0
     series = own.get("/metrics").text
     assert 'limpid_stage_duration_seconds_count{operation="compress",stage="image_decode"} 0.0' in series
     assert own.post("/compress", content=image_bytes(bikes)).status_code == 200
