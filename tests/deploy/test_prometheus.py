@@ -131,7 +131,7 @@ def test_no_query_of_the_dashboard_comes_back_empty(prometheus: str) -> None:
 def test_every_alert_is_evaluated_without_an_error_and_none_fires_on_a_healthy_service(prometheus: str) -> None:
     groups = httpx2.get(f"{prometheus}/api/v1/rules", timeout=20).json()["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
-    assert len(rules) == 8
+    assert len(rules) == 11
     for rule in rules:
         assert rule["health"] == "ok", rule
         assert rule["state"] == "inactive", rule
