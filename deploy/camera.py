@@ -101,7 +101,7 @@ async def parts(chunks: AsyncIterator[bytes], between: bytes) -> AsyncIterator[b
 
 
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")  # as ffmpeg, which takes bare line feeds too
-_LENGTH = re.compile(rb"^content-length:[ \t]*(\d+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+_LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,9})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 
 
 def first_part(held: bytes, between: bytes) -> tuple[bytes, bytes] | None:
@@ -117,4 +117,4 @@ def first_part(held: bytes, between: bytes) -> tuple[bytes, bytes] | None:
         end = head.end() + int(stated[1])
         return (held[head.end() : end], held[end:]) if len(held) >= end else None
     end = held.find(between, head.end())
-    return (re.sub(rb"\r?\n$", b"", held[head.end() : end]), held[end:]) if end >= 0 else None
+    return (re.sub(rb"\r?\n\Z", b"", held[head.end() : end]), held[end:]) if end >= 0 else None

@@ -84,6 +84,10 @@ def coarseness(folder: Path) -> int:
         probe.unlink()
 
 
+class Unwritten(Exception):
+    """What became of a frame could not be written into OUT."""
+
+
 class Gateway:
     """Sends what lies in `frames` and has no result in `out` yet, oldest name first, `at_once` frames at a time."""
 
@@ -155,9 +159,10 @@ class Gateway:
                 continue
             except OSError as error:
                 if name not in self._told:
-                    log.error("%s: %s; it is left alone", name, error)
+                    log.error("%s: %s; it is left alone for now", name, error)
                     self._told.add(name)
                 continue
+            self._told.discard(name)
             before, since = self._seen.get(name, (None, now))
             seen[name] = state, since if state == before else now
             if state == before and now - since >= self.settle:
@@ -196,11 +201,15 @@ class Gateway:
     async def _send(self, path: Path, state: State) -> None:
         try:
             await self._work(path, state)
-            self._pause = PAUSE
-        except OSError as error:
+        except Unwritten as error:
             log.error("%s: %s", path.name, error)
             pause, self._pause = self._pause, min(LONGEST_PAUSE, 2 * self._pause)
             await asyncio.sleep(pause)
+        except FileNotFoundError:  # somebody took it away
+            pass
+        except OSError as error:
+            log.error("%s: %s", path.name, error)
+            await asyncio.sleep(1)
         finally:
             del self._under_way[path.name]
             self._room.release()
@@ -234,8 +243,12 @@ class Gateway:
         In one go, which a stop does not interrupt.
         """
         if state_of(path) == state:
-            for result, content in results.items():
-                write_whole(result, content, modified=state[1])
+            try:
+                for result, content in results.items():
+                    write_whole(result, content, modified=state[1])
+            except OSError as error:
+                raise Unwritten(str(error)) from error
+            self._pause = PAUSE
             if state_of(path) == state:
                 if self.delete:
                     path.unlink()
@@ -273,26 +286,16 @@ async def greet(url: str, limpid: AsyncClient, goal: Goal) -> None:
         log.error("%s allows an effort of %d at most, not %d; frames wait until it does", url, most, effort)
 
 
-async def _main(args: argparse.Namespace, limpid: AsyncClient) -> None:
+async def _main(args: argparse.Namespace, limpid: AsyncClient, gateway: Gateway) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    goal = Goal(
-        rate=args.rate,
-        max_bytes=args.max_bytes,
-        target_bpp=args.target_bpp,
-        model=args.model,
-        effort=args.effort or None,
-    )
     async with limpid:
-        delete = args.delete or bool(args.camera)
-        settle = 0 if args.camera else args.settle  # the camera's frames are written whole
-        gateway = Gateway(limpid, args.frames, args.out, goal, args.at_once, delete, settle)
         camera = None
         if args.camera:
             camera = asyncio.create_task(_film(args.camera, args.every, args.frames, args.max_waiting))
             camera.add_done_callback(lambda _: stop.set())  # a gateway that films no more shall end, and be restarted
-        greeting = asyncio.create_task(greet(args.url, limpid, goal))
+        greeting = asyncio.create_task(greet(args.url, limpid, gateway.goal))
         await gateway.run(stop)
         greeting.cancel()
         if camera and camera.done():
@@ -340,12 +343,23 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     patience = Policy(deadline=args.deadline, attempts=ATTEMPTS)
+    goal = Goal(
+        rate=args.rate,
+        max_bytes=args.max_bytes,
+        target_bpp=args.target_bpp,
+        model=args.model,
+        effort=args.effort or None,
+    )
+    delete = args.delete or bool(args.camera)
+    settle = 0 if args.camera else args.settle  # the camera's frames are written whole
     try:
+        if args.camera:
+            args.camera = str(base_url(args.camera))
         limpid = AsyncClient(args.url, args.api_key or os.environ.get("LIMPID_API_KEY"), patience)
-        base_url(args.camera or args.url)
-        asyncio.run(_main(args, limpid))
+        gateway = Gateway(limpid, args.frames, args.out, goal, args.at_once, delete, settle)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    asyncio.run(_main(args, limpid, gateway))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ _MARGIN = 1.25
 
 class QueueFull(RuntimeError):
     """As many items or bytes wait as the queue holds, or as the item has time for. `retry_after`: seconds until they
-    have drained."""
+    have drained, or until there would be time."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -179,7 +179,8 @@ class Batcher(Generic[Item, Result]):
             raise QueueFull(f"{self.waiting_bytes} bytes wait already, too many to add {bytes}", self.retry_after())
         seconds = _MARGIN * (self._ahead() + self._needed(max(_LEAST_PIXELS, pixels)))
         if self.waiting_items and self._clock() + seconds > deadline:
-            raise QueueFull("what waits already leaves too little time before the deadline", self.retry_after())
+            excess = math.ceil((self._clock() + seconds - deadline) / _MARGIN)
+            raise QueueFull("what waits already leaves too little time before the deadline", min(60, max(1, excess)))
 
     def retry_after(self) -> int:
         """Whole seconds, 1 to 60, in which what waits and runs now will have drained at the pace of late."""
@@ -288,8 +289,10 @@ class Batcher(Generic[Item, Result]):
 
     async def _run(self, key: Hashable, batch: list[_Entry[Item, Result]]) -> None:
         launched = self._clock()
-        await self._attempt(key, batch, launched)
-        self._work_ahead -= sum(entry.work for entry in batch)
+        try:
+            await self._attempt(key, batch, launched)
+        finally:
+            self._work_ahead -= sum(entry.work for entry in batch)
         if not any(_delivered(entry) for entry in batch):  # what was given up tells nothing of the pace
             return
         seconds = self._clock() - launched

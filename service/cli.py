@@ -75,6 +75,8 @@ def _run(
         alone.watch(lambda done, total: _show(bar, done, total))
 
     def input_of(pair: Pair) -> bytes:
+        if pair.target is None and args.output_is_closed:
+            raise OSError("standard output is closed")
         if pair.target and pair.target.exists() and not args.force:
             raise FileExistsError(f"{pair.target} exists, --force overwrites it")
         return _read(pair.source)
@@ -134,7 +136,7 @@ def _read(source: Path | None) -> bytes:
     if source:
         return source.read_bytes()
     if sys.stdin is None:
-        raise OSError("it is closed")
+        raise OSError("standard input is closed")
     return sys.stdin.buffer.read()
 
 
@@ -360,9 +362,10 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 where something failed, which was printed; 130 after an interrupt. Wrong usage exits: 2.
     """
-    if sys.stdout is None:  # closed, as under some daemons
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    closed = sys.stdout is None  # as under some daemons
+    sys.stdout, sys.stderr = (one or Path(os.devnull).open("w") for one in (sys.stdout, sys.stderr))  # noqa: SIM115
     args = _parser().parse_args(argv)
+    args.output_is_closed = closed
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # the names of files may be any bytes
     try:

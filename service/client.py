@@ -273,6 +273,8 @@ class AsyncClient:
     async def send(self, call: Call) -> httpx.Response:
         """The good answer of a call; raises `LimpidError`."""
         while True:
+            if self._given_up.is_set():
+                raise ServiceUnavailable("unreachable", "the client has given up")
             content = call.body if call.body is None or isinstance(call.body, bytes) else _async_chunks(call.body)
             outcome: httpx.Response | httpx.RequestError
             try:

@@ -247,7 +247,7 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
     """Admit a request, before any of its body is read, and see it to its answer.
 
     Raises:
-        Problem: 400, 401, 429, 503 at once; 504 when the deadline passes.
+        Problem, QueueFull: 400, 401, 429, 503 at once; 504 when the deadline passes.
         ClientGone: the client hung up.
     """
     check_key(request, service.settings)

@@ -152,7 +152,7 @@ def overlooked(inputs: Sequence[str], takes: Iterable[str]) -> list[Path]:
         for folder, folders, files in os.walk(text):
             others = (Path(folder, name) for name in files if Path(name).suffix.lower() not in endings)
             left_out += [one for one in others if (mimetypes.guess_type(one.name)[0] or "").startswith("image/")]
-            left_out += [one for name in folders if (one := Path(folder, name)).is_symlink()]
+            left_out += [one for name in folders if os.path.islink(one := Path(folder, name))]
     return sorted(left_out)
 
 
@@ -184,7 +184,7 @@ def _found(text: str, takes: frozenset[str]) -> list[tuple[Path, Path]]:
         files = [
             Path(folder, name) for folder, _, names in walk for name in names if Path(name).suffix.lower() in takes
         ]
-        found = [one for one in files if one.is_file()] + [Path(error.filename) for error in unread]
+        found = [one for one in files if not is_folder(str(one))] + [Path(error.filename) for error in unread]
         return [(one, one.relative_to(path)) for one in sorted(found)]
     if not os.path.exists(text) and glob.has_magic(text):
         return [(Path(one), Path(Path(one).name)) for one in sorted(glob.glob(text, recursive=True))

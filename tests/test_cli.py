@@ -247,12 +247,20 @@ def test_ctrl_c_ends_the_wait_for_a_server_and_for_a_pipe(tmp_path: Path, bikes:
 
 def test_closed_standard_streams_are_no_trouble(tmp_path: Path, bikes: Photo) -> None:
     (tmp_path / "in.png").write_bytes(image_bytes(bikes))
+    limpid = f"{shlex.join(LIMPID)} compress"
+    (tmp_path / "more.png").write_bytes(image_bytes(bikes))
     closed = subprocess.run(
-        f"{shlex.join(LIMPID)} compress in.png >&- && {shlex.join(LIMPID)} compress - <&-",
+        f"{limpid} in.png more.png >&- 2>&- && {limpid} - <&-; {limpid} in.png -o - >&-; {limpid} - <in.png >&-",
         shell=True, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
-    assert (tmp_path / "in.lmp").exists()
-    assert (closed.returncode, closed.stderr) == (1, "limpid: standard input: it is closed\n")
+    assert len(list(tmp_path.glob("*.lmp"))) == 2
+    assert (closed.returncode, closed.stderr) == (
+        1,
+        "".join(
+            f"limpid: {name} is closed\n"
+            for name in ("standard input: standard input", "in.png: standard output", "standard input: standard output")
+        ),
+    )
 
 
 def test_a_servers_client_needs_no_setting_of_the_service(monkeypatch: pytest.MonkeyPatch, capsys: Lines) -> None:

@@ -280,11 +280,12 @@ def test_a_slider_that_is_moved_while_a_sample_loads_waits_for_it(page: playwrig
     done(page)
     held: list[playwright.Route] = []
     page.route("**/samples/*", lambda route: held.append(route))
+    page.click("button[data-sample=rain]")
     page.click("button[data-sample=noise]")
     page.focus("#rate")
     page.keyboard.press("ArrowRight")
     page.wait_for_timeout(500)
-    held[0].continue_()
+    held[1].continue_()
     playwright.expect(page.locator("#fact-model")).to_have_text(re.compile("rate 5"))
     done(page)
     assert saved(page, "#save-stream")[0] == "noise.lmp"

@@ -125,9 +125,20 @@ const openStream = stream => run(async signal => {
   finish(stream, restored.photo);
 });
 
+// Something to show is on its way; a slider that is moved meanwhile waits for it.
+async function within(signal, coming) {
+  loading = signal;
+  try {
+    return await coming;
+  } finally {
+    if (loading === signal) loading = null;
+  }
+}
+
 // A file is read once: what is done with it later does not fail when it changed or went meanwhile.
 const take = picked => picked && run(async signal => {
-  const content = await picked.arrayBuffer().catch(() => { throw new Refused(0, `${picked.name} cannot be read.`); });
+  const content = await within(signal, picked.arrayBuffer())
+    .catch(() => { throw new Refused(0, `${picked.name} cannot be read.`); });
   if (signal.aborted) return;
   const file = new File([content], picked.name ?? "", { type: picked.type });
   name = (file.name ?? "photo").replace(/\.[^.]*$/, "") || "photo";
@@ -179,10 +190,7 @@ $("key").addEventListener("change", () => {
 });
 $("samples").addEventListener("click", event => {
   const chosen = event.target.closest("button")?.dataset.sample;
-  if (chosen) run(async signal => {
-    loading = signal; // a slider that is moved meanwhile waits for it
-    take(await sample(chosen, signal).finally(() => { loading = null; }));
-  });
+  if (chosen) run(async signal => take(await within(signal, sample(chosen, signal))));
 });
 document.addEventListener("paste", event => take(event.clipboardData?.files[0]));
 document.addEventListener("dragover", event => { event.preventDefault(); document.body.classList.add("dragging"); });
