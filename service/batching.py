@@ -32,7 +32,7 @@ _MARGIN = 1.25
 
 class QueueFull(RuntimeError):
     """As many items or bytes wait as the queue holds, or as the item has time for. `retry_after`: seconds until they
-    have drained, or until there would be time."""
+    have drained, or half of them where time is short: sooner all would come back for one place."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -179,12 +179,11 @@ class Batcher(Generic[Item, Result]):
             raise QueueFull(f"{self.waiting_bytes} bytes wait already, too many to add {bytes}", self.retry_after())
         seconds = _MARGIN * (self._ahead() + self._needed(max(_LEAST_PIXELS, pixels)))
         if self.waiting_items and self._clock() + seconds > deadline:
-            excess = math.ceil((self._clock() + seconds - deadline) / _MARGIN)
-            raise QueueFull("what waits already leaves too little time before the deadline", min(60, max(1, excess)))
+            raise QueueFull("what waits already leaves too little time before the deadline", self.retry_after(0.5))
 
-    def retry_after(self) -> int:
-        """Whole seconds, 1 to 60, in which what waits and runs now will have drained at the pace of late."""
-        return min(60, max(1, math.ceil(self._ahead())))
+    def retry_after(self, share: float = 1.0) -> int:
+        """Whole seconds, 1 to 60, in which a share of what waits and runs now will have drained at the pace of late."""
+        return min(60, max(1, math.ceil(share * self._ahead())))
 
     @property
     def running(self) -> int:
