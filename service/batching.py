@@ -96,7 +96,7 @@ class _Entry(Generic[Item, Result]):
     @property
     def work(self) -> int:
         """The pixels that it counts for in time."""
-        return max(_LEAST_PIXELS, self.pixels)
+        return _work_of(self.pixels)
 
 
 class Batcher(Generic[Item, Result]):
@@ -122,13 +122,12 @@ class Batcher(Generic[Item, Result]):
         self._events = events or Events()
         self._buckets: dict[Hashable, deque[_Entry[Item, Result]]] = {}
         self._order = itertools.count()
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], list[_Entry[Item, Result]]] = {}
         self._pumping = False
         self._wake: asyncio.TimerHandle | None = None
         self._seconds = self._work = 0.0  # of batches that were finished, the late ones counting most
         self.waiting_items = 0
         self.waiting_bytes = 0
-        self._work_ahead = 0  # of all that wait or run
         self.broken: DeviceBroken | None = None
 
     async def submit(
@@ -177,7 +176,7 @@ class Batcher(Generic[Item, Result]):
             raise QueueFull(f"{self.waiting_items} requests wait already, the most that may", self.retry_after())
         if self.waiting_items and self.waiting_bytes + bytes > self._limits.queue_bytes:
             raise QueueFull(f"{self.waiting_bytes} bytes wait already, too many to add {bytes}", self.retry_after())
-        seconds = _MARGIN * (self._ahead() + self._needed(max(_LEAST_PIXELS, pixels)))
+        seconds = _MARGIN * (self._ahead() + self._needed(_work_of(pixels)))
         if self.waiting_items and self._clock() + seconds > deadline:
             raise QueueFull("what waits already leaves too little time before the deadline", self.retry_after(0.5))
 
@@ -195,7 +194,6 @@ class Batcher(Generic[Item, Result]):
     def _count(self, entry: _Entry[Item, Result], sign: int) -> None:
         self.waiting_items += sign
         self.waiting_bytes += sign * entry.bytes
-        self._work_ahead += sign * entry.work
 
     def _leave(self, entry: _Entry[Item, Result]) -> None:
         """Account for an entry that was taken out of its bucket."""
@@ -219,9 +217,8 @@ class Batcher(Generic[Item, Result]):
             batch = self._take(key := min(ready, key=lambda key: self._buckets[key][0].order))
             if batch:
                 self._events.launched(key, len(batch))
-                self._work_ahead += sum(entry.work for entry in batch)
                 task = asyncio.ensure_future(self._run(key, batch))
-                self._running.add(task)
+                self._running[task] = batch
                 task.add_done_callback(self._finished)
 
     def _ready(self) -> list[Hashable]:
@@ -246,7 +243,7 @@ class Batcher(Generic[Item, Result]):
         self._pump()
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+        del self._running[task]
         self._pump()
 
     def _take(self, key: Hashable) -> list[_Entry[Item, Result]]:
@@ -273,7 +270,8 @@ class Batcher(Generic[Item, Result]):
 
     def _ahead(self) -> float:
         """Seconds in which all that waits or runs will be done, as if the latter had just begun."""
-        return self._needed(self._work_ahead) / self._limits.in_flight
+        entries = itertools.chain(*self._buckets.values(), *self._running.values())
+        return self._needed(sum(entry.work for entry in entries)) / self._limits.in_flight
 
     def _alive(self, entry: _Entry[Item, Result], needed: float = 0.0) -> bool:
         """Whether somebody waits for it who would have it in time, if it takes so many seconds."""
@@ -288,10 +286,7 @@ class Batcher(Generic[Item, Result]):
 
     async def _run(self, key: Hashable, batch: list[_Entry[Item, Result]]) -> None:
         launched = self._clock()
-        try:
-            await self._attempt(key, batch, launched)
-        finally:
-            self._work_ahead -= sum(entry.work for entry in batch)
+        await self._attempt(key, batch, launched)
         if not any(_delivered(entry) for entry in batch):  # what was given up tells nothing of the pace
             return
         seconds = self._clock() - launched
@@ -333,6 +328,10 @@ class Batcher(Generic[Item, Result]):
             self._count(entry, -1)
         for entry in batch + waiting:
             _fail(entry, error)
+
+
+def _work_of(pixels: int) -> int:
+    return max(_LEAST_PIXELS, pixels)
 
 
 def _awaited(batch: Sequence[_Entry[Item, Result]]) -> bool:

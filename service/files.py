@@ -180,11 +180,10 @@ def _found(text: str, takes: frozenset[str]) -> list[tuple[Path, Path]]:
     path = Path(text)
     if is_folder(text):
         unread: list[OSError] = []
-        walk = os.walk(text, onerror=unread.append)
-        files = [
-            Path(folder, name) for folder, _, names in walk for name in names if Path(name).suffix.lower() in takes
-        ]
-        found = [one for one in files if not is_folder(str(one))] + [Path(error.filename) for error in unread]
+        below = (Path(folder, name) for folder, _, names in os.walk(text, onerror=unread.append) for name in names)
+        files = (one for one in below if one.suffix.lower() in takes)
+        found = [one for one in files if os.path.isfile(one) or not os.path.exists(one)]  # pipes are passed over
+        found += [Path(error.filename) for error in unread]
         return [(one, one.relative_to(path)) for one in sorted(found)]
     if not os.path.exists(text) and glob.has_magic(text):
         return [(Path(one), Path(Path(one).name)) for one in sorted(glob.glob(text, recursive=True))

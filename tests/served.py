@@ -1,13 +1,15 @@
-"""The real server, as a stranger starts it: `python -m service serve`, until the block ends."""
+"""The real server, as a stranger starts it: `python -m service serve`, until the block ends. And servers of others."""
 
 from __future__ import annotations
 
+import http.server
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -43,6 +45,21 @@ def served(
             process.send_signal(signal.SIGTERM)
             process.wait(60)
         assert process.returncode in (0, -signal.SIGKILL), process.returncode
+
+
+class Quiet(http.server.BaseHTTPRequestHandler):
+    """To be given methods; writes no log."""
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def answering(handler: type[Quiet]) -> Iterator[str]:
+    """Yield the URL of a server of another, a camera say, whose requests `handler` answers."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
 
 
 def free_port() -> int:

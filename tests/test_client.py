@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.server
 import json
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from service.client import (
 from service.engine import Photo
 from service.imaging import read_photo
 from tests.conftest import image_bytes, noisy
+from tests.served import Quiet, answering
 
 FAST = Policy(deadline=5, attempts=4, backoff=0.001)
 GOOD_HEADERS = {
@@ -226,7 +226,7 @@ def slowly() -> Iterator[bytes]:
 
 @pytest.mark.parametrize(("drips", "body"), [("body", b"photo"), ("headers", b"photo"), ("nothing", slowly)])
 def test_the_deadline_ends_an_answer_that_only_drips(drips: str, body: Body) -> None:
-    class Drip(http.server.BaseHTTPRequestHandler):
+    class Drip(Quiet):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"] or 0))
             self.wfile.write(b"HTTP/1.1 200 OK\r\n" if drips == "headers" else b"")
@@ -236,12 +236,8 @@ def test_the_deadline_ends_an_answer_that_only_drips(drips: str, body: Body) -> 
                     self.wfile.write({"headers": b"a: b\r\n", "body": b"x", "nothing": b""}[drips])
                     time.sleep(0.1)
 
-        def log_message(self, *_: object) -> None: ...
-
     patience = Policy(deadline=1, attempts=1)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Drip) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with answering(Drip) as url:
 
         async def drink() -> None:
             async with AsyncClient(url, policy=patience) as client:
@@ -256,7 +252,6 @@ def test_the_deadline_ends_an_answer_that_only_drips(drips: str, body: Body) -> 
             with pytest.raises(ServiceUnavailable, match="not done within 1 s"):
                 call()
             assert time.monotonic() - started < 1.6
-        server.shutdown()
 
 
 def test_waiting_can_be_given_up() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.server
-import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
@@ -12,6 +10,7 @@ import httpx
 import pytest
 
 from deploy.camera import boundary, camera_frames, parts, snapshot, thinned
+from tests.served import Quiet, answering
 
 
 @pytest.mark.parametrize("size", [1, 7, 10_000])
@@ -81,23 +80,20 @@ def test_a_stream_that_names_no_boundary_is_not_cut() -> None:
 
 
 def test_a_password_of_a_camera_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    class Camera(http.server.BaseHTTPRequestHandler):
+    class Camera(Quiet):
         def do_GET(self) -> None:
             self.send_error(401)
 
-        def log_message(self, *_: object) -> None: ...
-
     async def first() -> None:
-        asked = asyncio.ensure_future(anext(camera_frames(f"http://admin:hunter2@127.0.0.1:{server.server_port}/", 1)))
+        asked = asyncio.ensure_future(anext(camera_frames(url.replace("//", "//admin:hunter2@"), 1)))
         async with asyncio.timeout(20):
             while "it answers 401" not in caplog.text:
                 await asyncio.sleep(0.02)
         asked.cancel()
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Camera) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with answering(Camera) as url:
         asyncio.run(first())
-        server.shutdown()
+    assert "it answers 401" in caplog.text
     assert "hunter2" not in caplog.text
 
 

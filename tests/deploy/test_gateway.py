@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.server
 import os
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from service.codec.bitstream import Bitstream
 from service.engine import Engine, Photo
 from service.files import write_whole
 from tests.conftest import image_bytes, until
-from tests.served import free_port, served
+from tests.served import Quiet, answering, free_port, served
 
 FRAMES, BUDGET = 24, 3000
 
@@ -89,7 +88,7 @@ def camera(frames: list[bytes]) -> Iterator[str]:
     """An MJPEG camera that films `frames` once, ten a second, and then only holds the line."""
     waiting = iter(frames)
 
-    class Film(http.server.BaseHTTPRequestHandler):
+    class Film(Quiet):
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
@@ -101,15 +100,10 @@ def camera(frames: list[bytes]) -> Iterator[str]:
             self.wfile.write(b"--frame\r\n")
             done.wait(60)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
     done = threading.Event()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Film)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/stream.mjpg"
-    done.set()
-    server.shutdown()
+    with answering(Film) as url:
+        yield f"{url}stream.mjpg"
+        done.set()
 
 
 @contextmanager
@@ -458,7 +452,7 @@ def test_a_frame_that_is_rewritten_while_its_result_is_written_is_sent_too(
 
 
 def test_snapshots_are_kept_while_there_is_room_for_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Camera(http.server.BaseHTTPRequestHandler):
+    class Camera(Quiet):
         asked = 0
 
         def do_GET(self) -> None:
@@ -470,13 +464,11 @@ def test_snapshots_are_kept_while_there_is_room_for_them(tmp_path: Path, caplog:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None: ...
-
     def kept() -> list[bytes]:
         return [path.read_bytes() for path in sorted(tmp_path.glob("*.jpg"))]
 
     async def film() -> None:
-        filming = asyncio.create_task(_film(f"http://127.0.0.1:{server.server_port}/", 0.01, tmp_path, 3))
+        filming = asyncio.create_task(_film(url, 0.01, tmp_path, 3))
         async with asyncio.timeout(30):
             while "a new one is dropped" not in caplog.text:
                 await asyncio.sleep(0.01)
@@ -486,10 +478,8 @@ def test_snapshots_are_kept_while_there_is_room_for_them(tmp_path: Path, caplog:
                 await asyncio.sleep(0.01)
         filming.cancel()
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Camera) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with answering(Camera) as url:
         asyncio.run(film())
-        server.shutdown()
     assert kept()[:2] == [b"snapshot 2", b"snapshot 3"]
     assert kept()[2] not in (b"snapshot 1", b"snapshot 4")  # the fourth found no room
 

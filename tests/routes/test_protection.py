@@ -241,16 +241,17 @@ def test_effort_makes_batches_smaller(bikes: Photo) -> None:
     assert (small, large) == (bikes[..., 0].size, 13 * bikes[..., 0].size)
 
 
-def test_who_would_come_too_late_is_refused_before_the_photo_is_read(own: TestClient, bikes: Photo) -> None:
+def test_who_would_come_too_late_is_refused_before_the_photo_is_read(
+    own: TestClient, bikes: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = state(own).ready
     assert service
-    batcher = service.batcher
-    batcher._seconds, batcher._work = 20.0, 2.0**16
-    batcher.waiting_items, batcher._work_ahead = 1, 4 * 2**16  # 40 seconds with two batches in flight
-    answer = own.post("/compress", content=image_bytes(bikes), headers={"Limpid-Timeout": "49"})
+    with monkeypatch.context() as patch:
+        patch.setattr(service.batcher, "waiting_items", 1)
+        patch.setattr(service.batcher, "_ahead", lambda: 40.0)
+        answer = own.post("/compress", content=image_bytes(bikes), headers={"Limpid-Timeout": "49"})
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "20")
     assert "too little time" in answer.json()["detail"]
-    batcher.waiting_items = batcher._work_ahead = 0
     series = own.get("/metrics").text
     assert 'limpid_stage_duration_seconds_count{operation="compress",stage="image_decode"} 0.0' in series
     assert own.post("/compress", content=image_bytes(bikes)).status_code == 200
