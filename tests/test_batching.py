@@ -544,7 +544,8 @@ def test_whatever_happens_each_item_is_answered_once_in_order_and_none_starves(d
     poison = data.draw(st.sets(st.integers(0, 40), max_size=3))
 
     async def main() -> None:
-        device, launched, retried = Device(), [], []
+        device, launched = Device(), []
+        retried: list[Exception] = []
         device.poison = poison
         events = Events(lambda key, items: launched.append((key, items)), retried.append)
         batcher: Batcher[int, int] = Batcher(device.run, limits, device.clock, events)

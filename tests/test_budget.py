@@ -57,10 +57,10 @@ def test_a_budget_below_the_smallest_size_is_refused_with_that_size(budget: int)
 )
 def test_a_search_ends_with_what_was_asked_for(rate: int | None, budget: int | None, best: int) -> None:
     search = RateSearch[str](rate, budget)
-    assert not search.begun
+    begun = search.begun
     while wanted := search.wanted:
         search.add(wanted, f"stream {wanted}", 100 * wanted)
-    assert search.begun
+    assert (begun, search.begun) == (False, True)
     assert search.best() == f"stream {best}"
 
 

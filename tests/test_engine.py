@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from model_store.images import psnr
-from service.codec import shipped
+from service.codec import rans
 from service.codec.bitstream import Bitstream, DegradationKind
 from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, Photo, UnknownModel
@@ -94,7 +94,7 @@ def test_wrong_jobs_are_named(engine: Engine, parrots: Photo) -> None:
     with pytest.raises(ValueError, match="rate point from 1 to 8, got 0"):
         engine.encode([EncodeJob(parrots, 0)])
     with pytest.raises(ValueError, match="of uint8"):
-        engine.encode([EncodeJob(parrots.astype(np.float32), 4)])  # type: ignore[arg-type]
+        engine.encode([EncodeJob(parrots.astype(np.float32), 4)])
     with pytest.raises(UnknownModel, match="0102030405060708"):
         engine.decode([Bitstream(bytes(range(1, 9)), 4, 16, 16, (), b"", b"")])
     assert engine.encode([]) == []
@@ -149,7 +149,7 @@ def test_a_lost_device_is_told_from_a_full_one(
 def test_entropy_is_coded_beside_the_device(engine: Engine, bikes: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in its thread, where it would keep the transforms of others waiting."""
     threads = set()
-    for kind, name in ((shipped.Encoder, "finish"), (shipped.Decoder, "take")):
+    for kind, name in ((rans.Encoder, "finish"), (rans.Decoder, "take")):
         work = getattr(kind, name)
 
         def noted(*args: object, work: Callable[..., object] = work) -> object:

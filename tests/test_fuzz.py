@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import schemathesis
@@ -27,7 +28,7 @@ def server() -> Iterator[str]:
 
 @schema.parametrize()
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_call_keeps_its_openapi_promises(case: schemathesis.Case, server: str) -> None:
+def test_every_call_keeps_its_openapi_promises(case: schemathesis.Case[Any], server: str) -> None:
     """All checks but one: random bytes fit the schema's `binary` and still are no photo.
 
     A deadline that is none is left as it is; a good one becomes one that can be met.

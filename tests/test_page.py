@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx2
 import pytest
@@ -21,7 +22,10 @@ from service.settings import Settings
 from tests.conftest import image_bytes, noisy
 from tests.served import served
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+if TYPE_CHECKING:
+    from playwright import sync_api as playwright
+else:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 playwright.expect.set_options(timeout=60_000)
 SHOTS = Path(__file__).parents[1] / "docs" / "screenshots"

@@ -76,7 +76,7 @@ def build(args: dict[str, Any]) -> Application:
     """
     options, settings = Options.model_validate(args), service_settings()
     gpu = settings.device.startswith("cuda")
-    deployment = serve.deployment(Limpid).options(
+    deployment = serve.deployment(
         name="limpid",
         ray_actor_options={"num_gpus": 1 if gpu else 0, "num_cpus": settings.threads or 1},
         max_ongoing_requests=settings.max_queue_items,
@@ -93,4 +93,4 @@ def build(args: dict[str, Any]) -> Application:
             "downscale_delay_s": 300,
         },
     )
-    return deployment.bind()
+    return deployment(Limpid).bind()

@@ -68,7 +68,7 @@ class Batches:
         self.choices = torch.Generator().manual_seed(seed)
         self.damage = torch.Generator(device).manual_seed(seed + 1)
         cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device) if cuda else None
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(device))
 

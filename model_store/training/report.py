@@ -125,7 +125,7 @@ def learn(head: ReportHead, optimizer: torch.optim.Optimizer, lesson: Lesson) ->
     """A step. Returns the loss before it."""
     loss = lesson.loss(head)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return float(loss.detach())
 

@@ -134,7 +134,7 @@ def soup(
             out = model(data.degraded, data.rate)
         model.zero_grad(set_to_none=True)
         loss = costs(out, data.clean, data.rate)[0].log().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         mixed.accumulate_grad()
         progress = (time.monotonic() - began) / (60 * minutes)
         if count % BATCHES == 0:

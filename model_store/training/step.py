@@ -109,13 +109,13 @@ class Step:
             held.copy_(new)
         self._inputs[3].fill_(clean_share)
         self._graph.replay()
-        self._under_way.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+        self._under_way.append(torch.cuda.Event())
         self._under_way[-1].record()
         if len(self._under_way) > _GRAPHS_AHEAD:
             self._under_way.popleft().synchronize()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         self._rehearses = True
         with torch.cuda.stream(side):
@@ -138,7 +138,7 @@ class Step:
         unsteadiness = _unsteadiness(self.model, out, rate)
         loss = cost.log().mean() + STEADY_WEIGHT * unsteadiness  # a percent less counts the same at every rate point
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         # Each by itself: the transforms' norm, which differs tenfold by kind, would decide how much the prior learns.
         norm, prior_norm = (clipped(group["params"], self.device) for group in self.optimizer.param_groups)
         finite = norm.isfinite() & prior_norm.isfinite()

@@ -56,7 +56,7 @@ def engine_of(size: str, device: str) -> Engine:
         return Engine(ModelStore(Path(folder)), device)
 
 
-class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Traffic(TorchDispatchMode):
     """Counts the bytes of the inputs and results of every operation that computes something."""
 
     def __init__(self) -> None:

@@ -151,7 +151,7 @@ def overload(report: Report, seconds: float = 60) -> None:
         capacity = len(results) / (time.perf_counter() - begun)
         answers: list[tuple[int, float]] = []
         wrong = 0
-        memory = []
+        memory: list[float] = []
         async with httpx2.AsyncClient(base_url=base, timeout=120, limits=httpx2.Limits(max_connections=None)) as client:
 
             async def one() -> None:
@@ -166,7 +166,8 @@ def overload(report: Report, seconds: float = 60) -> None:
                     except BitstreamError:
                         wrong += 1
 
-            tasks, start = [], time.perf_counter()
+            tasks: list[asyncio.Task[None]] = []
+            start = time.perf_counter()
             while (now := time.perf_counter() - start) < seconds:
                 while len(tasks) < now * 4 * capacity:
                     tasks.append(asyncio.create_task(one()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from typing import TypeVar
 
 import pytest
 import torch
@@ -13,15 +14,17 @@ from service.codec.config import CodecConfig, Stage
 from service.codec.fast import speed_up
 from service.codec.transforms import Analysis, Synthesis
 
+Transform = TypeVar("Transform", bound=Analysis | Synthesis)
 CONFIG = CodecConfig("tiny", stem=8, stages=(Stage(64, 2), Stage(32, 1)), ffn=1.5)
 
 
-def lively(transform: torch.nn.Module) -> torch.nn.Module:
+def lively(transform: Transform) -> Transform:
     """With weights that let every branch count: fresh ones are zero."""
     torch.manual_seed(3)
     for weight in transform.parameters():
         torch.nn.init.normal_(weight, std=0.15) if weight.ndim > 1 else torch.nn.init.uniform_(weight, 0.5, 1.2)
-    return transform.eval().requires_grad_(False)
+    transform.eval().requires_grad_(False)
+    return transform
 
 
 @pytest.mark.parametrize("positions", [2**15, 60, 7])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from service.codec import rans
 from service.codec.rans import SYMBOL_LIMIT, CorruptPayload, Decoder, Encoder, GuardedTables, Outliers
@@ -18,7 +19,7 @@ from service.codec.tables import SCALE_LEVELS, CdfTables, gaussian_tables, logis
 TABLES = GuardedTables(gaussian_tables())
 
 
-def sample(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def sample(count: int, seed: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     rng = np.random.default_rng(seed)
     levels = rng.integers(1, SCALE_LEVELS, count).astype(np.int32)
     scale = 0.11 * np.exp(0.123 * levels)

@@ -119,11 +119,11 @@ def test_the_commands_of_the_dockerfile_work_in_a_plain_virtual_environment(tmp_
     for name, rest in instructions("build"):
         if name == "COPY":
             *paths, target = rest.split()
-            for path in paths:
-                if (ROOT / path).is_dir():
-                    shutil.copytree(ROOT / path, source / target / "", ignore=shutil.ignore_patterns("__pycache__"))
+            for copied in paths:
+                if (ROOT / copied).is_dir():
+                    shutil.copytree(ROOT / copied, source / target / "", ignore=shutil.ignore_patterns("__pycache__"))
                 else:
-                    shutil.copy(ROOT / path, source / target)
+                    shutil.copy(ROOT / copied, source / target)
         elif name == "RUN" and "--no-deps" in rest:
             shutil.rmtree(source / "build", ignore_errors=True)
             subprocess.run(

@@ -338,7 +338,12 @@ def test_frames_that_are_done_cost_little_at_each_look(tmp_path: Path, monkeypat
             gateway = Gateway(limpid, tmp_path, out, {}, 4, False)
             await run_until(lambda: len(list(out.glob("*.lmp"))) == 20, gateway, 0.01)
             looked_at: list[str] = []
-            monkeypatch.setattr(gateway, "_results", lambda name: looked_at.append(name) or [])
+
+            def none(name: str) -> list[Path]:
+                looked_at.append(name)
+                return []
+
+            monkeypatch.setattr(gateway, "_results", none)
             assert gateway.waiting() == []
             assert looked_at == []
             (out / "07.jpg.lmp").unlink()

@@ -13,6 +13,7 @@ from PIL import Image
 from model_store.training import loop
 from model_store.training import step as one_step
 from model_store.training.loop import train
+from model_store.training.loss import balanced_distortion
 from model_store.training.schedule import Schedule
 from service.codec.config import CONFIGS, CodecConfig
 from tests.codec.test_model import TINY
@@ -48,12 +49,11 @@ def run(
     monkeypatch.setitem(CONFIGS, "tiny", config)
     if crash_at is not None:
         calls = iter(range(10**6))
-        original = one_step.balanced_distortion
 
         def failing(mse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             if next(calls) == crash_at:
                 raise KeyboardInterrupt
-            return original(mse, weight)
+            return balanced_distortion(mse, weight)
 
         monkeypatch.setattr(one_step, "balanced_distortion", failing)
     schedule = Schedule(minutes=steps / 60, lr=1e-3, prior_lr=1e-3, steady=0.5)

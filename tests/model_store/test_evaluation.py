@@ -187,7 +187,7 @@ def pairs(tmp_path: Path, parrots: Photo) -> Path:
 @pytest.fixture
 def of_negatives(parrots: Photo) -> float:
     """PSNR of a codec that gets the negative, keeps it and is measured against the photo."""
-    return psnr(255 - parrots[:48, :64], parrots[:48, :64])
+    return psnr(np.invert(parrots[:48, :64]), parrots[:48, :64])
 
 
 def test_every_peer_is_measured_at_every_quality(pairs: Path, of_negatives: float) -> None:
@@ -271,7 +271,7 @@ def test_what_a_store_says_of_its_models_is_what_was_measured() -> None:
 
 
 def test_every_photo_is_measured_by_processes_of_their_own(pairs: Path, of_negatives: float) -> None:
-    options = ["--photos", pairs, "--results", pairs, "--sets", "rain", "--jobs", "2", "--name", "edge-8"]
+    options = ["--photos", str(pairs), "--results", str(pairs), "--sets", "rain", "--jobs", "2", "--name", "edge-8"]
     subprocess.run([sys.executable, "-m", "model_store.evaluation", "model", *options], check=True)
     measured = read_records([pairs / "edge-8-rain.json"])
     assert {record.codec for record in measured} == {"LIMPID"}

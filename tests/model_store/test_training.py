@@ -202,10 +202,10 @@ def test_only_h_a_learns_to_hold_z_steady(photos: Path) -> None:
     learning = {name: weight for name, weight in model.named_parameters() if weight.grad is not None}
     assert learning.keys() == {f"h_a.{name}" for name, _ in model.h_a.named_parameters()}
     slopes = [cast(torch.Tensor, weight.grad) for weight in learning.values()]
-    step = 0.1 * before.detach() / sum(slope.square().sum() for slope in slopes)
+    step = 0.1 * before.detach() / torch.stack([slope.square().sum() for slope in slopes]).sum()
     with torch.no_grad():
         for weight, slope in zip(learning.values(), slopes):
-            weight -= step * slope
+            weight.sub_(step * slope)
     assert unsteadiness() < before
 
 

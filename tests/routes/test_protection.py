@@ -109,8 +109,9 @@ def test_settings_reach_the_batcher_and_every_variant_runs_before_the_service_is
         return encode(self, jobs, *more)
 
     monkeypatch.setattr(Engine, "encode", noted)
-    limits = {"max_batch_items": 3, "max_batch_pixels": 4, "max_batch_wait_ms": 20, "max_queue_items": 5}
-    settings = Settings(store=tmp_path / "store", **limits)
+    settings = Settings(
+        store=tmp_path / "store", max_batch_items=3, max_batch_pixels=4, max_batch_wait_ms=20, max_queue_items=5
+    )
     engine = _load(settings)
     assert len(engine.models) == 2
     assert ran == {(name, rate) for name in engine.models for rate in range(1, 9)}
