@@ -10,6 +10,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+ifneq ($(TORCH_INDEX),)
+ifneq ($(wildcard $(VENV)/torch.stamp),)
+ifneq ($(TORCH_INDEX),$(shell cat $(VENV)/torch.stamp))
+$(error torch is in $(VENV) already, from another index; remove $(VENV) to take it from this one)
+endif
+endif
+endif
+
 .PHONY: run test lint format bench cost evaluate clean
 
 run: $(VENV)/run.stamp
@@ -51,7 +59,7 @@ $(VENV)/bin/python:
 
 $(VENV)/torch.stamp: | $(VENV)/bin/python
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch torchvision)
-	touch $@
+	echo '$(TORCH_INDEX)' > $@
 
 $(VENV)/run.stamp: pyproject.toml $(VENV)/torch.stamp
 	$(PIP) --editable .

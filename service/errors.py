@@ -93,6 +93,14 @@ class ProblemBody(BaseModel):
     request_id: str
 
 
+_SENT_WITH: dict[int, dict[str, Any]] = {
+    401: {"WWW-Authenticate": {"description": "Bearer.", "schema": {"type": "string"}}},
+    429: {"Retry-After": {"description": "Seconds until another try may succeed.", "schema": {"type": "integer"}}},
+    503: {"Retry-After": {"description": "Seconds, unless memory was short.", "schema": {"type": "integer"}}},
+}
+"""Headers of problems, as OpenAPI tells them."""
+
+
 def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI responses of a call for the kinds of problems it may answer with."""
     by_status: dict[int, list[Kind]] = {}
@@ -102,6 +110,7 @@ def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
         status: {
             "description": "; ".join(kind.title for kind in listed) + ".",
             "content": {PROBLEM_MEDIA_TYPE: {"schema": ProblemBody.model_json_schema()}},
+            "headers": _SENT_WITH.get(status, {}),
         }
         for status, listed in by_status.items()
     }

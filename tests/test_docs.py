@@ -37,7 +37,7 @@ SHORTER = (
     ("--minutes 10", "--minutes 0.03"),
     ("--keep-default --photos photos", "--keep-default --photos photos --batches 2"),
     ("timeout 20 python", "python"),
-    ("--max-bytes 40000 || true", "--max-bytes 40000 & until [ -e streams/0001.png.lmp ]; do sleep 0.1; done; kill $!"),
+    ("--max-bytes 40000 || true", "--max-bytes 40000 & until [ -e streams/0001.jpg.lmp ]; do sleep 0.1; done; kill $!"),
 )
 """Training goes on for two seconds, on smaller crops, and is not compiled; the gateway ends when its work is done."""
 
@@ -47,7 +47,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a reader may have it: a noisy photo, two stores, some photographs, and the checkout's deploy/."""
     folder = tmp_path_factory.mktemp("desk")
     clean = photo("parrots")
-    (folder / "noisy.png").write_bytes(image_bytes(noisy(clean)))
+    (folder / "noisy.jpg").write_bytes(image_bytes(noisy(clean), "JPEG"))
     copied_store(folder / "my-store")
     other_store(folder / "other-store", "edge-next")
     (folder / "results-copy").mkdir()
@@ -184,10 +184,10 @@ UPLOADS = {
     "Gaussian noise, sigma 25": ("kodak", "noise-25"),
     "Gaussian noise, sigma 50": ("kodak", "noise-50"),
     "sensor noise, level 2 of 4": ("kodak", "sensor-2"),
-    "rain, made": ("kodak", "rain"),
-    "snow, made": ("kodak", "snow"),
-    "haze, made": ("kodak", "haze"),
-    "low light, made": ("kodak", "low-light"),
+    "rain, synthetic": ("kodak", "rain"),
+    "snow, synthetic": ("kodak", "snow"),
+    "haze, synthetic": ("kodak", "haze"),
+    "low light, synthetic": ("kodak", "low-light"),
     "rain drawn by others, 10 photos": ("rain", "pairs"),
     "real camera noise, 8 photos": ("cc15", "pairs"),
 }

@@ -173,7 +173,8 @@ COMMANDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m model_store.evaluation", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m model_store.evaluation", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, run in COMMANDS.items():
         sub = commands.add_parser(command)
