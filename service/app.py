@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import cast
 
 import torch
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi_offline import FastAPIOffline
@@ -25,14 +25,15 @@ from service import __version__
 from service.batching import Batcher, DeviceBroken, Events, Limits
 from service.codec.bitstream import Bitstream, DegradationKind
 from service.codec.config import MOST_EFFORT
+from service.codec.refine import trust
 from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, StageTimes
-from service.errors import CLIENT_GONE, INTERNAL, KINDS, Problem, problem_of, problem_response
-from service.exchange import PHASES, STAGES, ClientGone
+from service.errors import CLIENT_GONE, KINDS, LOGGED, Problem, problem_of, problem_response
+from service.exchange import PHASES, STAGES, ClientGone, check_key
 from service.middleware import OPERATIONS, RequestMiddleware
 from service.openapi import KEYS
 from service.routes import compress, decompress, health, variants
-from service.routes.compress import UNKNOWN
+from service.routes.compress import UNKNOWN, pixels_of
 from service.routes.page import mount_page
 from service.settings import Settings
 from service.state import Product, Ready, Service, Work
@@ -187,7 +188,12 @@ def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
         reason = "out-of-memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "error"
         metrics.batch_retries.labels(reason).inc()
 
-    return Batcher(runner, limits, events=Events(launched, retried))
+    def took(item: Work, product: Product) -> int | None:
+        stream = product[0]
+        refined = isinstance(stream, Bitstream) and trust(stream.degradations)
+        return pixels_of(item, refined=bool(refined)) if isinstance(item, EncodeJob) else None
+
+    return Batcher(runner, limits, events=Events(launched, retried), took=took)
 
 
 def create_app(settings: Settings | None = None, *, load_first: bool = False) -> FastAPI:
@@ -210,6 +216,7 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
 
     app = FastAPIOffline(
         redoc_url=None,
+        redirect_slashes=False,  # a client that follows no redirect would take the empty answer for its file
         static_url="/docs-files",
         title="Limpid",
         version=__version__,
@@ -217,8 +224,9 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
         lifespan=lifespan,
     )
     app.state.service = service
+    keys = [Depends(check_key), *(KEYS if service.settings.api_keys else ())]
     for module in (compress, decompress, variants):
-        app.include_router(module.router, tags=["photos"], dependencies=KEYS if service.settings.api_keys else ())
+        app.include_router(module.router, tags=["photos"], dependencies=keys)
     app.include_router(health.router, tags=["health"])
     mount_page(app, enabled=service.settings.demo_page)
 
@@ -226,7 +234,7 @@ def create_app(settings: Settings | None = None, *, load_first: bool = False) ->
         if isinstance(error, ClientGone):
             return Response(status_code=CLIENT_GONE)
         problem = problem_of(error)
-        if problem.kind is INTERNAL:
+        if problem.kind in LOGGED:
             log.error("request failed", exc_info=error, extra={"fields": {"request_id": request.state.request_id}})
         return problem_response(problem, request)
 

@@ -109,6 +109,7 @@ class Batcher(Generic[Item, Result]):
         limits: the caps.
         clock: seconds, monotonic; deadlines are on this clock.
         events: callbacks for metrics.
+        took: the pixels that an item counts for in time once its result is known; None where those it came with do.
     """
 
     def __init__(
@@ -117,9 +118,10 @@ class Batcher(Generic[Item, Result]):
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
         events: Events | None = None,
+        took: Callable[[Item, Result], int | None] = lambda item, result: None,
     ) -> None:
         self._runner, self._limits, self._clock = runner, limits or Limits(), clock
-        self._events = events or Events()
+        self._events, self._took = events or Events(), took
         self._buckets: dict[Hashable, deque[_Entry[Item, Result]]] = {}
         self._order = itertools.count()
         self._running: dict[asyncio.Task[None], list[_Entry[Item, Result]]] = {}
@@ -291,7 +293,12 @@ class Batcher(Generic[Item, Result]):
             return
         seconds = self._clock() - launched
         self._seconds = 0.8 * self._seconds + seconds
-        self._work = 0.8 * self._work + sum(entry.work for entry in batch)
+        self._work = 0.8 * self._work + sum(self._done(entry) for entry in batch)
+
+    def _done(self, entry: _Entry[Item, Result]) -> int:
+        """The pixels that an entry counted for after all."""
+        took = self._took(entry.item, entry.future.result().result) if _delivered(entry) else None
+        return entry.work if took is None else _work_of(took)
 
     async def _attempt(self, key: Hashable, batch: list[_Entry[Item, Result]], launched: float) -> None:
         try:

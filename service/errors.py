@@ -1,7 +1,7 @@
 """Problems as clients see them: RFC 9457 `application/problem+json`, and the one table from exceptions to problems.
 
-A `type` is stable, a `detail` says what was expected and what came. Unknown exceptions become a 500 that says nothing
-of the inside.
+A `type` is stable, a `detail` says what was expected and what came, where that helps. Unknown exceptions become a 500
+that says nothing of the inside.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ DRAINING = Kind("draining", 503, "Shutting down")
 OUT_OF_MEMORY = Kind("out-of-memory", 503, "Out of memory")
 DEADLINE = Kind("deadline-exceeded", 504, "Deadline exceeded")
 INTERNAL = Kind("internal-error", 500, "Internal error")
+
+LOGGED = (INTERNAL, OUT_OF_MEMORY)
+"""The service's own failures, of which its log tells the cause."""
 
 KINDS = tuple(value for value in list(globals().values()) if isinstance(value, Kind))
 
@@ -140,7 +143,7 @@ def problem_of(error: Exception) -> Problem:
     for known, kind in _TABLE:
         if isinstance(error, known):
             headers = {"Retry-After": str(error.retry_after)} if isinstance(error, QueueFull) else None
-            return Problem(kind, str(error), headers)
+            return Problem(kind, str(error) or kind.title, headers)
     return Problem(INTERNAL, "the service failed in a way that it did not foresee; its log knows more")
 
 

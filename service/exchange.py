@@ -1,4 +1,4 @@
-"""One request on its way: key, admission, deadline, body, the client's presence, and the time of every stage.
+"""One request on its way: admission, deadline, body, the client's presence, and the time of every stage.
 
     async with exchange(request, service, "compress") as call:
         data = await call.body()
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import math
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
@@ -29,7 +31,7 @@ from service.batching import DeadlineExceeded
 from service.errors import BAD_KEY, BODY_TIMEOUT, DEADLINE, EMPTY, MALFORMED, QUEUE_FULL, Problem
 from service.openapi import BODY_FIELD, TIMEOUT_HEADER
 from service.settings import Settings
-from service.state import Ready, Service, Work
+from service.state import Ready, Service, ServiceDependency, Work
 
 T = TypeVar("T")
 
@@ -43,19 +45,25 @@ PHASES = ("body", "image_decode", "queue", "image_encode", "answer")
 """What a request may be waiting for when its client hangs up; the last: for it to take its answer."""
 
 
+MultiPartParser.spool_max_size = sys.maxsize
+"""A form's file stays in memory, where it is counted; the folder for temporary files may be small."""
+
+
 class ClientGone(Exception):
     """The client hung up; there is no one to answer."""
 
 
-def check_key(request: Request, settings: Settings) -> None:
-    """Raises:
-    Problem: 401, keys are configured and the request shows none of them. Takes the same time for every wrong key.
+async def check_key(request: Request, service: ServiceDependency) -> None:
+    """A dependency of routes, so that nothing else of a request is judged before.
+
+    Raises:
+        Problem: 401, keys are configured and the request shows none of them. Takes the same time for every wrong key.
     """
-    if not settings.api_keys:
+    if not (keys := service.settings.api_keys):
         return
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    matches = [hmac.compare_digest(key.get_secret_value().encode(), given.encode()) for key in settings.api_keys]
+    matches = [hmac.compare_digest(key.get_secret_value().encode(), given.encode()) for key in keys]
     if not any(matches):
         raise Problem(
             BAD_KEY, "expected a valid API key as Authorization: Bearer or X-API-Key", {"WWW-Authenticate": "Bearer"}
@@ -160,6 +168,11 @@ class Exchange:
                 if not isinstance(upload, UploadFile):
                     got = sorted(form)
                     raise Problem(MALFORMED, f"expected a multipart field {BODY_FIELD!r} with a file, got {got}")
+                if others := sorted(form.keys() - {BODY_FIELD}):
+                    raise Problem(
+                        MALFORMED, f"expected the multipart field {BODY_FIELD!r} alone, got {others} too; "
+                        "parameters go into the query, as in ?rate=4"
+                    )  # fmt: skip
                 return await upload.read()
         except UnicodeError as error:  # of a charset that cannot decode the names of the fields
             raise Problem(MALFORMED, f"the multipart form is not readable: {error}") from None
@@ -247,10 +260,9 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
     """Admit a request, before any of its body is read, and see it to its answer.
 
     Raises:
-        Problem, QueueFull: 400, 401, 429, 503 at once; 504 when the deadline passes.
+        Problem, QueueFull: 400, 429, 503 at once; 504 when the deadline passes.
         ClientGone: the client hung up.
     """
-    check_key(request, service.settings)
     check_query(request)
     ready = service.require()
     timeout = timeout_of(request, service.settings)

@@ -85,7 +85,7 @@ class OutputFormat(Enum):
     PNG = ("image/png", None, 2**31 - 1)
     JPEG = ("image/jpeg", 90, 65_500)
     WEBP = ("image/webp", 85, 16_383)
-    AVIF = ("image/avif", 75, 65_536)
+    AVIF = ("image/avif", 75, 32_768)  # what libavif reads; it writes longer ones
 
     def __init__(self, media_type: str, quality: int | None, longest: int) -> None:
         self.media_type, self.default_quality, self.longest = media_type, quality, longest

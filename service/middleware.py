@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import CLIENT_GONE, DRAINING, INTERNAL, QUEUE_FULL, TOO_LARGE, Problem, problem_of, problem_response
+from service.errors import CLIENT_GONE, DRAINING, LOGGED, QUEUE_FULL, TOO_LARGE, Problem, problem_of, problem_response
 from service.metrics import Metrics
 
 log = logging.getLogger("limpid")
@@ -121,7 +121,7 @@ class RequestMiddleware:
             if stalled:  # without the rest of its answer the server closes the connection
                 return
             problem = problem_of(error)
-            if problem.kind is INTERNAL:
+            if problem.kind in LOGGED:
                 log.exception("request failed", extra={"fields": {"request_id": request_id}})
             if status:  # too late for another answer
                 raise

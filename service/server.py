@@ -98,6 +98,7 @@ def serve(settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         http=Connection,
+        ws="none",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +15,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from service.codec.config import MOST_EFFORT
 
 DEFAULT_STORE = Path(__file__).parents[1] / "model_store"
+DAY = 86_400
+"""Seconds; no request and no drain takes longer."""
 
 
 class Settings(BaseSettings):
@@ -29,8 +32,9 @@ class Settings(BaseSettings):
         max_effort: most rounds of refinement that a request may ask for.
         max_batch_items, max_batch_pixels: of one run on the device; a single photo may exceed the pixels.
         max_batch_wait_ms: milliseconds that a batch that is not full waits on purpose for company.
-        max_queue_items, max_queue_bytes: most requests that are admitted at a time, and bytes of photos that wait.
-        request_timeout_s: seconds from a request's first byte to its answer, after which it gets 504.
+        max_queue_items: most requests that are admitted at a time.
+        max_queue_bytes: most bytes of their bodies and answers, and most of decoded photos that wait.
+        request_timeout_s: seconds from a request's admission to its answer, after which it gets 504.
         body_timeout_s: seconds in which a body must have arrived, after which it gets 408, and which a client may take
             for its answer, besides a second for every 32 kB, before it is cut off.
         drain_grace_s: seconds that admitted requests have to finish after SIGTERM.
@@ -56,9 +60,9 @@ class Settings(BaseSettings):
     max_batch_wait_ms: float = Field(0, ge=0, le=10_000)
     max_queue_items: int = Field(64, ge=1)
     max_queue_bytes: int = Field(2**30, ge=1024)
-    request_timeout_s: float = Field(60, gt=0)
-    body_timeout_s: float = Field(30, gt=0)
-    drain_grace_s: float = Field(30, ge=0)
+    request_timeout_s: float = Field(60, gt=0, le=DAY)
+    body_timeout_s: float = Field(30, gt=0, le=DAY)
+    drain_grace_s: float = Field(30, ge=0, le=DAY)
     api_keys: Annotated[list[SecretStr], NoDecode] = []
     cors_origins: Annotated[list[str], NoDecode] = []
     otlp_endpoint: str | None = None
@@ -77,6 +81,21 @@ class Settings(BaseSettings):
         if value and not parts:  # as keys these would leave the service open
             raise ValueError("expected something between the commas, or nothing at all")
         return parts
+
+    @field_validator("api_keys")
+    @classmethod
+    def _can_be_sent(cls, keys: list[SecretStr]) -> list[SecretStr]:
+        if not all(re.fullmatch("[!-~]+", key.get_secret_value()) for key in keys):
+            raise ValueError("expected keys of visible ASCII, which a header can carry")
+        return keys
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+                raise ValueError(f"expected origins such as https://example.com, without a path, or *; got {origin}")
+        return origins
 
 
 def service_settings(**chosen: object) -> Settings:

@@ -459,5 +459,8 @@ def test_a_line_counts_as_the_blocks_it_fills() -> None:
 
 
 def test_a_format_says_what_it_cannot_hold() -> None:
+    for output in (OutputFormat.WEBP, OutputFormat.JPEG, OutputFormat.AVIF):
+        longest = np.zeros((2, output.longest, 3), np.uint8)
+        assert read_photo(write_photo(longest, output), 10**7).shape == longest.shape
     with pytest.raises(TooLargeForFormat, match="16383"):
         write_photo(np.zeros((1, 16_384, 3), np.uint8), OutputFormat.WEBP)

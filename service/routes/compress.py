@@ -95,10 +95,14 @@ def degradation_header(stream: Bitstream) -> str:
     return ", ".join(f"{d.kind.label};{d.strength:.2f}" for d in stream.degradations) or UNKNOWN
 
 
+def pixels_of(job: EncodeJob, refined: bool) -> int:
+    """Those that a photo counts for in a batch and in time; many more where it is refined."""
+    looks = job.effort + 1 if refined and job.effort else 0
+    return padded_pixels(*job.photo.shape[:2]) * (1 + LOOK * looks)
+
+
 async def _encode(call: Exchange, job: EncodeJob, begun: bool) -> Bitstream:
-    height, width = job.photo.shape[:2]
-    key = ("compress", job.model, (*latent_size(height, width), job.effort))
-    looks = job.effort + 1 if job.effort else 0
-    pixels = padded_pixels(height, width) * (1 + LOOK * looks)  # so that a batch is done in time
+    key = ("compress", job.model, (*latent_size(*job.photo.shape[:2]), job.effort))
+    pixels = pixels_of(job, refined=True)  # which only its report will tell
     stream = await call.submit(job, key, pixels=pixels, bytes=job.photo.nbytes, begun=begun)
     return cast(Bitstream, stream)

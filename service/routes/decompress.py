@@ -49,7 +49,7 @@ async def decompress(
         int | None, Query(ge=1, le=100, description="Only for image/jpeg, image/webp, image/avif.")
     ] = None,
     accept: Annotated[
-        list[str] | None, Header(description="image/png (default), image/jpeg, image/webp or image/avif.")
+        list[str] | None, Header(include_in_schema=False)  # OpenAPI tells it by the media types of the answer
     ] = None,
 ) -> Response:
     """Restore the clean photo, at exactly the size it was uploaded with."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from pydantic import BaseModel
 
 from service.codec.config import RATE_POINTS
 from service.engine import Model
 from service.errors import BAD_KEY, DRAINING, NOT_READY, documented
-from service.exchange import check_key
 from service.state import ServiceDependency
 from service.store import Measurement
 
@@ -41,9 +40,8 @@ class Variants(BaseModel):
 
 
 @router.get("/variants", responses=documented(BAD_KEY, NOT_READY, DRAINING))
-async def variants(request: Request, service: ServiceDependency) -> Variants:
+async def variants(service: ServiceDependency) -> Variants:
     """Every model on the device, and how much effort may be asked for."""
-    check_key(request, service.settings)
     engine = service.require().engine
 
     def view(model: Model) -> ModelView:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import _batcher, _load, create_app
-from service.batching import DeviceBroken, Limits
-from service.codec.bitstream import Bitstream
+from service.batching import _LEAST_PIXELS, DeviceBroken, Limits
+from service.codec.bitstream import Bitstream, Degradation, DegradationKind
 from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, Photo, StageTimes
 from service.exchange import Exchange
@@ -58,6 +59,8 @@ def test_a_key_is_needed_where_keys_are_set(own: TestClient, bikes: Photo) -> No
         assert answer.json()["type"] == "urn:limpid:problem:invalid-api-key"
         assert "first-key" not in answer.text
         assert own.get("/variants", headers=wrong).status_code == 401
+        assert own.post("/compress?rate=99", headers=wrong).status_code == 401  # whatever else is wrong
+        assert own.post("/decompress", headers={**wrong, "Accept": "text/html"}).status_code == 401
     for open_path in ("/livez", "/readyz", "/metrics"):
         assert own.get(open_path, headers={"X-API-Key": ""}).status_code == 200
 
@@ -240,6 +243,45 @@ def test_effort_makes_batches_smaller(bikes: Photo) -> None:
     (plain, small), (refined, large) = asked
     assert plain != refined
     assert (small, large) == (bikes[..., 0].size, 13 * bikes[..., 0].size)
+
+
+def test_a_photo_that_no_effort_refines_does_not_make_others_look_fast(
+    own: TestClient, bikes: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = state(own).ready
+    assert service
+    encode = service.engine.encode
+
+    def as_rain(jobs: Sequence[EncodeJob], *more: Any) -> list[Bitstream]:
+        rain = (Degradation(DegradationKind.RAIN, 0.5),)
+        return [dataclasses.replace(one, degradations=rain) for one in encode(jobs, *more)]
+
+    work = []
+    for patched, effort in ((True, 0), (True, 2), (False, 0), (False, 2)):
+        with monkeypatch.context() as patch:
+            if patched:
+                patch.setattr(service.engine, "encode", as_rain)
+            before = service.batcher._work
+            assert own.post(f"/compress?effort={effort}", content=image_bytes(bikes)).status_code == 200
+            work.append(service.batcher._work - 0.8 * before)
+    pixels = bikes[..., 0].size
+    assert pixels < _LEAST_PIXELS
+    assert work == pytest.approx([*[_LEAST_PIXELS] * 3, 13 * pixels])
+
+
+def test_a_device_without_memory_is_in_the_log(
+    own: TestClient, bikes: Photo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = state(own).ready
+    assert service
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(service.engine, "encode", full)
+    answer = own.post("/compress", content=image_bytes(bikes))
+    assert (answer.status_code, answer.json()["detail"]) == (503, "Out of memory")
+    assert "request failed" in caplog.text
 
 
 def test_who_would_come_too_late_is_refused_before_the_photo_is_read(
