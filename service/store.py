@@ -7,8 +7,12 @@ Nothing here encodes or decodes.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -73,6 +77,31 @@ class StoreIndex(BaseModel):
     models: list[ModelEntry]
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process changes the store meanwhile, where the file system has locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _copy(source: ModelStore, entry: ModelEntry, folder: Path) -> None:
+    """Raises:
+    StoreError: another file has its name there, or it is altered.
+    """
+    data, path = (source.folder / entry.file).read_bytes(), folder / entry.file
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise StoreError(f"model {entry.name}: {source.folder / entry.file} has changed meanwhile")
+    if not (path.exists() or path.is_symlink()):
+        write_whole(path, data)
+    elif not path.is_file() or path.read_bytes() != data:
+        raise StoreError(f"{path} is there already and holds something else, of no model of the store: move it away")
+
+
 def _write_index(folder: Path, index: StoreIndex) -> None:
     write_whole(folder / STORE_FILE, index.model_dump_json(indent=2).encode() + b"\n")
 
@@ -112,13 +141,18 @@ class ModelStore:
         Raises:
             StoreError: the folder holds something, or the source lacks the model or fails its checks.
         """
-        if folder.exists() and any(folder.iterdir()):
-            raise StoreError(f"expected a model store, or nothing, at {folder}")
         entry = source.entry(name)
+        left = [path.name for path in folder.iterdir()] if folder.exists() else []
+        # What an earlier call left that was ended: its file, whole or not.
+        if any(one != entry.file and not (one.startswith(".") and one.endswith(".new")) for one in left):
+            raise StoreError(f"expected a model store, or nothing, at {folder}")
         source.load(entry, torch.device("cpu"))
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / entry.file, (source.folder / entry.file).read_bytes())
-        _write_index(folder, StoreIndex(default=name, models=[entry]))
+        with _alone(folder):
+            if (folder / STORE_FILE).exists():
+                raise StoreError(f"{folder} has become a model store meanwhile")
+            _copy(source, entry, folder)
+            _write_index(folder, StoreIndex(default=name, models=[entry]))
         return cls(folder)
 
     def entry(self, name: str) -> ModelEntry:
@@ -138,15 +172,16 @@ class ModelStore:
             StoreError: the source lacks it or fails its checks, or this store has a model of that name, id or file.
         """
         entry = source.entry(name)
-        self._refuse_known(entry)
+        self._refuse_known(entry, self._held())
         source.load(entry, torch.device("cpu"))
-        self._refuse_known(entry)
-        write_whole(self.folder / entry.file, (source.folder / entry.file).read_bytes())
-        held = self._held()
-        self._write(held.model_copy(update={"models": [*held.models, entry]}))
+        with _alone(self.folder):
+            held = self._held()
+            self._refuse_known(entry, held)
+            _copy(source, entry, self.folder)
+            self._write(held.model_copy(update={"models": [*held.models, entry]}))
 
-    def _refuse_known(self, entry: ModelEntry) -> None:
-        for known in self._held().models:
+    def _refuse_known(self, entry: ModelEntry, held: StoreIndex) -> None:
+        for known in held.models:
             if known.name == entry.name or known.model_id == entry.model_id:
                 raise StoreError(f"{self.folder} has model {known.name} with id {known.model_id.hex()} already")
             if known.file == entry.file:
@@ -160,8 +195,9 @@ class ModelStore:
         Raises:
             StoreError: the store has no model of that name.
         """
-        self.index = self._held()
-        self._write(self.index.model_copy(update={"default": self.entry(name).name}))
+        with _alone(self.folder):
+            self.index = self._held()
+            self._write(self.index.model_copy(update={"default": self.entry(name).name}))
 
     def _held(self) -> StoreIndex:
         """What the folder holds now: another may have written since this store was opened."""
@@ -197,7 +233,10 @@ class ModelStore:
                 "the entropy coder (compressai.ans) writes other bytes than it should, is it of another version? "
                 "Bitstreams made here would not decode elsewhere"
             )
-        answer = known_answer(codec)
+        try:
+            answer = known_answer(codec)
+        except (ValueError, LookupError, RuntimeError) as error:
+            raise StoreError(f"model {entry.name}: {path}: the layers of its prior do not fit: {error}") from error
         if answer != entry.known_answer:
             raise StoreError(
                 f"model {entry.name}: the exact path gives {answer[:16]}... on {device}, expected "

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
+from model_store.index import read_model
 from service.codec import rans
 from service.codec.known_answer import coder_answer, known_answer
+from service.files import write_whole
 from service.settings import DEFAULT_STORE
 from service.store import ModelStore, StoreError
 from tests.conftest import copied_store, other_store
@@ -102,6 +109,91 @@ def test_models_that_share_an_id_or_a_file_are_refused(copy: Path) -> None:
         (copy / "store.json").write_text(json.dumps({**content, "models": [*content["models"], twin]}))
         with pytest.raises(StoreError, match="share"):
             ModelStore(copy)
+
+
+def test_a_name_is_of_one_model(copy: Path) -> None:
+    content = json.loads((copy / "store.json").read_text())
+    twin = {**content["models"][0], "sha256": "0" * 64, "file": "b.safetensors"}
+    (copy / "store.json").write_text(json.dumps({**content, "models": [*content["models"], twin]}))
+    with pytest.raises(StoreError, match="share a name"):
+        ModelStore(copy)
+
+
+def test_models_added_at_the_same_time_are_all_there(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [other_store(tmp_path / name, name, by) for name, by in (("edge-next", 1.001), ("edge-third", 1.002))]
+
+    def slow(path: Path, data: bytes) -> None:
+        time.sleep(0.2)
+        write_whole(path, data)
+
+    monkeypatch.setattr("service.store.write_whole", slow)
+    before = len(ModelStore(copy).index.models)
+
+    def add(other: ModelStore) -> str | None:
+        try:
+            ModelStore(copy).add(other, other.index.default)
+        except StoreError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(3) as pool:
+        said = list(pool.map(add, [*others, others[0]]))
+    assert [one and "already" in one for one in sorted(said, key=str)] in ([None, None, True], [True, None, None])
+    assert len(ModelStore(copy).index.models) == before + 2
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_file_of_no_model_is_not_written_over(copy: Path, tmp_path: Path, link: bool) -> None:
+    """It may be that of another store, behind a link."""
+    other = other_store(tmp_path / "other", "edge-next")
+    elsewhere, path = tmp_path / "elsewhere", copy / "edge-next.safetensors"
+    elsewhere.write_bytes(b"of others")
+    path.symlink_to(elsewhere) if link else path.write_bytes(b"of others")
+    with pytest.raises(StoreError, match="holds something else"):
+        ModelStore(copy).add(other, "edge-next")
+    assert elsewhere.read_bytes() == path.read_bytes() == b"of others"
+    path.unlink()
+    path.write_bytes((other.folder / "edge-next.safetensors").read_bytes())  # of a call that was ended
+    ModelStore(copy).add(other, "edge-next")
+
+
+def test_a_store_begins_where_an_earlier_call_was_ended(tmp_path: Path) -> None:
+    source, folder = other_store(tmp_path / "other", "edge-next"), tmp_path / "new"
+    folder.mkdir()
+    (folder / ".0123.new").write_bytes(b"half")
+    (folder / "edge-next.safetensors").write_bytes((source.folder / "edge-next.safetensors").read_bytes())
+    assert ModelStore.begin(folder, source, "edge-next").index.default == "edge-next"
+
+
+def spoiled(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> ModelStore:
+    """The store with other tensors, whose digest is right."""
+    model = read_model(folder)
+    change(model.tensors)
+    data = save(model.tensors, {"limpid": model.description})
+    (folder / model.entry["file"]).write_bytes(data)
+    edit(folder, sha256=hashlib.sha256(data).hexdigest())
+    return ModelStore(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("g_s.head.conv.weight", lambda x: x * float("nan"), "finite"),
+        ("deviation", lambda x: x[:-1].clone(), "deviation for each"),
+        ("deviation", lambda x: -x, "deviation for each"),
+        ("prior.first_hidden.weight", lambda x: x[:, :-1].clone(), "do not fit"),
+        ("prior.enter.bias", lambda x: x[:7].clone(), "do not fit"),
+        ("prior.up1.weight", lambda x: x.float() + 0.3, "up1: expected integers"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_told(
+    copy: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    store = spoiled(copy, lambda tensors: tensors.update({name: change(tensors[name])}))
+    with pytest.raises(StoreError, match=said):
+        store.load(store.index.models[0], CPU)
 
 
 def test_a_model_is_added_and_made_the_default(copy: Path, tmp_path: Path) -> None:

@@ -74,8 +74,9 @@ def check_new_name(store: Path, name: str) -> None:
     """
     if not re.fullmatch(MODEL_NAME, name):
         raise ValueError(f"expected a name of lower-case letters, digits, dots and dashes, got {name!r}")
-    if any(known["name"] == name for known in read_index(store)["models"]):
-        raise ValueError(f"expected a name that {store / INDEX} does not have yet, got {name}")
+    for known in read_index(store)["models"]:
+        if known["name"] == name or known["file"] == f"{name}.safetensors":
+            raise ValueError(f"expected a name of no model or file of {store / INDEX} yet, got {name}")
 
 
 def enter(

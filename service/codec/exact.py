@@ -22,6 +22,7 @@ from torch import Tensor, nn
 FRACTION = 6
 LIMIT = 1023  # 11 significant bits: also exact as a TF32 operand
 WEIGHT_LIMIT = 127
+MOST_SHIFT = 30
 FLOAT32_EXACT = 2**24
 FLOAT64_EXACT = 2**53
 
@@ -101,7 +102,7 @@ class IntegerLayer:
     Attributes:
         weight: (out, in) for a pointwise layer, (C, 9) for a depthwise 3x3 layer; within +-127.
         bias: (8, out), a row per rate point, in units of the accumulator.
-        shift: (out,), the right shift after accumulation, >= 0.
+        shift: (out,), the right shift after accumulation, 0 to 30.
         low, high: the clamp of the outputs; low = 0 makes it a rectifier.
     """
 
@@ -110,6 +111,16 @@ class IntegerLayer:
     shift: Tensor
     low: int
     high: int
+
+    def check(self) -> None:
+        """Raises:
+        ValueError: these are not the integers that are promised above.
+        """
+        whole = all(bool((part == part.round()).all()) for part in (self.weight, self.bias, self.shift))
+        if not whole or not isinstance(self.low, int) or not isinstance(self.high, int):
+            raise ValueError("expected integers")
+        if self.weight.abs().max() > WEIGHT_LIMIT or self.shift.min() < 0 or self.shift.max() > MOST_SHIFT:
+            raise ValueError(f"expected weights within +-{WEIGHT_LIMIT} and shifts from 0 to {MOST_SHIFT}")
 
     def scaled(self, device: torch.device, dtype: torch.dtype) -> ScaledLayer:
         """The layer on its device, in a carrier that the caller knows to be exact for it."""

@@ -29,6 +29,7 @@ from service.codec.exact import (
     FLOAT64_EXACT,
     FRACTION,
     LIMIT,
+    MOST_SHIFT,
     IntegerLayer,
     ScaledLayer,
     TrainableLayer,
@@ -124,7 +125,7 @@ class Rescale:
     @classmethod
     def nearest(cls, value: Tensor, mantissa: int, limit: int) -> Rescale:
         """The integers closest to multiplying by `value` (8, C), with factors up to `mantissa`."""
-        shift = (mantissa / value).log2().floor().clamp(0, 30)
+        shift = (mantissa / value).log2().floor().clamp(0, MOST_SHIFT)
         return cls((value * power_of_two(shift)).round().clamp(1, mantissa), shift, limit)
 
 
@@ -132,8 +133,8 @@ class Rescale:
 class ScaledRescale:
     """A `Rescale` ready to run: `factor` (8, C) times 2^-shift, which loses nothing.
 
-    Below a shift of 24 the sum with the half that rounds is exact as well. Above, it is one IEEE addition to an exact
-    product, so every device rounds it alike, a fused multiply-add too.
+    The product is exact, and the half that rounds is one IEEE addition to it: every device rounds that alike, a fused
+    multiply-add too.
     """
 
     factor: Tensor
@@ -166,8 +167,8 @@ class IntegerPrior:
                 trained are exact in float32 (`TrainableLayer` says how far).
 
         Raises:
-            ValueError: layers are missing or too many, a layer could leave float64's exact range or its outputs'
-                bounds, or a rescale float32's range.
+            ValueError: layers are missing or too many, one holds no integers, or could leave float64's exact range or
+                its outputs' bounds, or a rescale float32's range.
         """
         if dtype is None:
             self._check()
@@ -183,6 +184,10 @@ class IntegerPrior:
         if self.layers.keys() != (wanted := layer_names(self.passes)):
             raise ValueError(f"{self.passes} passes do not go with layers {sorted(self.layers.keys() ^ wanted)}")
         for name, layer in self.layers.items():
+            try:
+                layer.check()
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from None
             low, high = -LIMIT, LIMIT
             if name in OUTPUTS:
                 low, high = (0, SCALE_LEVELS - 1) if name.endswith("level") else (-MEAN_LIMIT, MEAN_LIMIT)
@@ -193,6 +198,9 @@ class IntegerPrior:
         means = [self.layers[name] for name in OUTPUTS if name.endswith("mean")]
         normal = max(max(abs(layer.low), abs(layer.high)) for layer in means)
         for rescale, reach in ((self.mean_rescale, normal), (self.context_rescale, MEAN_LIMIT)):
+            whole = all(bool((part == part.round()).all()) for part in (rescale.factor, rescale.shift))
+            if not whole or rescale.shift.min() < 0 or rescale.shift.max() > MOST_SHIFT:
+                raise ValueError(f"expected integers for rescales, and shifts from 0 to {MOST_SHIFT}")
             if (product := reach * float(rescale.factor.double().abs().max())) >= FLOAT32_EXACT:
                 raise ValueError(f"products up to {product:.3g} leave the exact range of float32 (2^24)")
 

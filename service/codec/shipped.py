@@ -227,21 +227,26 @@ class ShippedCodec:
         Returns one per photo.
         """
         latents, rounding = self.rounded(y, z_hat, rate)
-        copies = [index for index, changed in enumerate(rounding) if changed < COPY]
-        if effort:
-            for index, found in enumerate(effort.found):
-                if index not in copies and (share := trust(found)):
-                    one = slice(index, index + 1)
-                    better = self._refine(y[one], z_hat[one], rate[one], effort.rounds, effort.x[one], share)
-                    latents[index] = self.rounded(better, z_hat[one], rate[one])[0][0]
-        if copies and y.shape[2] * y.shape[3] * STRIDE**2 <= COPY_PIXELS:
-            self._watch.more(len(copies) * 2 * self.steps)
-            y, rate = y[copies], rate[copies]
-            y = y + UNDO * (y - self.g_a(self.synthesise(y, rate), rate))
-            for index, again, changed in zip(copies, *self.rounded(y, self._z_hat(y, rate), rate)):
-                if changed < CLOSER * rounding[index]:
-                    latents[index] = again
+        copies = self._copies(y, rate, rounding)
+        for index, again in copies.items():
+            latents[index] = again
+        for index, found in enumerate(effort.found if effort else ()):
+            if effort and index not in copies and (share := trust(found)):
+                one = slice(index, index + 1)
+                better = self._refine(y[one], z_hat[one], rate[one], effort.rounds, effort.x[one], share)
+                latents[index] = self.rounded(better, z_hat[one], rate[one])[0][0]
         return latents
+
+    def _copies(self, y: Tensor, rate: Tensor, rounding: list[float]) -> dict[int, LatentSymbols]:
+        """Which photos of a batch this model wrote, and how they were quantised then."""
+        asked = [index for index, changed in enumerate(rounding) if changed < COPY]
+        if not asked or y.shape[2] * y.shape[3] * STRIDE**2 > COPY_PIXELS:
+            return {}
+        self._watch.more(2 * self.steps)
+        y, rate = y[asked], rate[asked]
+        y = y + UNDO * (y - self.g_a(self.synthesise(y, rate), rate))
+        found = zip(asked, *self.rounded(y, self._z_hat(y, rate), rate))
+        return {index: again for index, again, changed in found if changed < CLOSER * rounding[index]}
 
     def _refine(self, y: Tensor, z_hat: Tensor, rate: Tensor, rounds: int, x: Tensor, share: float) -> Tensor:
         """Latents of one photo that are better to round than y. The photo itself has `share` in what they are for."""
@@ -395,8 +400,12 @@ class ShippedCodec:
         """Build a codec from what `ship` returned.
 
         Raises:
-            ValueError: the tensors do not fit the description, or a layer or a rescale cannot be exact on any carrier.
+            ValueError: the tensors do not fit the description, one is not finite, or a layer or a rescale cannot be
+                exact on any carrier.
         """
+        for name, value in tensors.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"expected finite weights, {name} has others")
         try:
             stated = json.loads(description)
             config = CodecConfig.from_dict(stated["config"])
@@ -426,8 +435,11 @@ class ShippedCodec:
             if weights := _below(tensors, "report"):
                 report = ReportHead(config)
                 report.load_state_dict(weights)
-            return cls(config, transforms, prior, tensors["deviation"], y_tables, z_tables, device, dtype, report)
-        except (KeyError, IndexError, TypeError, RuntimeError) as error:
+            deviation = tensors["deviation"]
+            if deviation.shape != (config.latents,) or not (deviation > 0).all():
+                raise ValueError(f"expected a deviation for each of {config.latents} latents")
+            return cls(config, transforms, prior, deviation, y_tables, z_tables, device, dtype, report)
+        except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"expected the tensors of a shipped codec: {error}") from error
 
 

@@ -104,3 +104,10 @@ def test_any_bytes_are_a_stream_or_a_bitstream_error(data: bytes) -> None:
             Bitstream.from_bytes(candidate)
         except BitstreamError:
             continue
+
+
+def test_a_report_that_runs_past_the_end_is_refused() -> None:
+    """As long as a stream may be at least, under a right checksum."""
+    body = EXAMPLE.to_bytes()[:22] + b"\x10" + bytes(8)
+    with pytest.raises(CorruptBitstream, match="runs past the end"):
+        Bitstream.from_bytes(sealed(body))

@@ -1,5 +1,6 @@
 """`service.codec.exact`: integers in, integers out, whatever carries or sums them."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,8 +18,10 @@ from service.codec.exact import (
     pointwise,
     ste_clamp,
 )
-from service.codec.prior import PriorNet, carrier, parts
+from service.codec.prior import MEAN_LIMIT, PriorNet, carrier, parts
 from tests.codec.test_model import FOUR_PASSES, TINY
+
+CPU = torch.device("cpu")
 
 
 def layer_of(out: int, fan_in: int, seed: int, low: int = -LIMIT) -> IntegerLayer:
@@ -186,16 +189,83 @@ def test_a_rescale_beyond_float32_is_refused() -> None:
         replace(integers, context_rescale=too_large).on(torch.device("cpu"))
 
 
+def test_a_mean_beyond_float32_is_refused() -> None:
+    with torch.no_grad():
+        integers = PriorNet(TINY).integers(torch.ones(8, TINY.latents))
+    layers = [integers.layers[name] for name in ("first_mean", "second_mean")]
+    reach = max(max(abs(layer.low), abs(layer.high)) for layer in layers)
+    rescale = integers.mean_rescale
+    most = (FLOAT32_EXACT - 1) // reach
+    for factor, fits in ((most, True), (most + 1, False)):
+        changed = replace(integers, mean_rescale=replace(rescale, factor=torch.full_like(rescale.factor, factor)))
+        if fits:
+            changed.on(CPU)
+            continue
+        with pytest.raises(ValueError, match="exact range of float32"):
+            changed.on(CPU)
+
+
+def column(total: int, bias: int, shift: int) -> IntegerLayer:
+    """A layer of one output whose weights sum to `total`, in steps of up to 127."""
+    weights = [127.0] * (total // 127) + [float(total % 127)]
+    return IntegerLayer(
+        torch.tensor([weights]), torch.full((8, 1), float(bias)), torch.tensor([float(shift)]), -LIMIT, LIMIT
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "shift", "below"),
+    [
+        ("local1", 1000, 4, FLOAT32_EXACT - 8),  # the rounding term is 8
+        ("local1", 1000, 0, FLOAT32_EXACT // 2 - 0.5),  # in halves
+        ("up1", 1000, 4, FLOAT32_EXACT - 8 - 1000 * LIMIT),  # its inputs reach twice the limit
+        ("fourth_hidden", 1000, 4, FLOAT32_EXACT - 8 - 1000 * LIMIT),
+    ],
+)
+def test_a_carrier_holds_the_largest_sum_and_no_more(name: str, total: int, shift: int, below: float) -> None:
+    """`below`: of the sum over inputs of +-LIMIT and the bias, from where on float32 no longer holds all."""
+    least = math.ceil(below) - total * LIMIT
+    assert carrier(name, column(total, least - 1, shift)) == torch.float32
+    assert carrier(name, column(total, least, shift)) == torch.float64
+
+
+def test_what_is_no_integer_is_refused() -> None:
+    with torch.no_grad():
+        integers = PriorNet(TINY).integers(torch.ones(8, TINY.latents))
+    layer = integers.layers["up1"]
+    for wrong in (
+        replace(layer, weight=layer.weight + 0.3),
+        replace(layer, weight=layer.weight * 0 + 128),
+        replace(layer, bias=layer.bias + 0.37),
+        replace(layer, shift=layer.shift - 64),
+        replace(layer, shift=layer.shift + 64),
+        replace(layer, high=0.5),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match="up1: expected"):
+            replace(integers, layers={**integers.layers, "up1": wrong}).on(CPU)
+    mean, context = integers.mean_rescale, integers.context_rescale
+    for rescales in (
+        {"mean_rescale": replace(mean, factor=mean.factor + 0.5)},
+        {"mean_rescale": replace(mean, shift=mean.shift - 128)},
+        {"context_rescale": replace(context, shift=context.shift + 0.5)},
+    ):
+        with pytest.raises(ValueError, match="integers for rescales"):
+            replace(integers, **rescales).on(CPU)  # type: ignore[arg-type]
+
+
 def test_layers_that_do_not_fit_are_refused() -> None:
     with torch.no_grad():
         integers = PriorNet(TINY).integers(torch.ones(8, TINY.latents))
-    level = integers.layers["second_level"]
+    level, mean = integers.layers["second_level"], integers.layers["first_mean"]
     for wrong, said in (
         (replace(integers, passes=4), "third_merge"),
         (replace(integers, layers={**integers.layers, "fifth_near": level}), "fifth_near"),
         (replace(integers, layers={**integers.layers, "second_level": replace(level, high=64)}), "second_level"),
         (replace(integers, layers={**integers.layers, "up1": replace(level, low=-1024)}), "up1"),
         (replace(integers, context_rescale=replace(integers.context_rescale, limit=LIMIT + 1)), "limits"),
+        (replace(integers, mean_rescale=replace(integers.mean_rescale, limit=MEAN_LIMIT + 1)), "limits"),
+        (replace(integers, layers={**integers.layers, "first_mean": replace(mean, high=2**40)}), "first_mean"),
+        (replace(integers, layers={**integers.layers, "first_mean": replace(mean, low=-(2**40))}), "first_mean"),
     ):
         with pytest.raises(ValueError, match=said):
             wrong.on(torch.device("cpu"))

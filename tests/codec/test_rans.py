@@ -116,6 +116,41 @@ def test_any_outlier_bytes_are_a_list_or_an_error(data: bytes) -> None:
     assert (np.abs(outliers.excess) <= 2 * SYMBOL_LIMIT).all()
 
 
+def leb128(*numbers: int) -> bytes:
+    out = bytearray()
+    for number in numbers:
+        while number >= 0x80:
+            out.append(number & 0x7F | 0x80)
+            number >>= 7
+        out.append(number)
+    return bytes(out)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((1, 1, 2**31), "one too large"),
+        ((2, 1, 2), "does not end where it should"),
+        ((1, 1, 2, 1, 2), "does not end where it should"),
+        ((1, 0, 2), "out of range"),
+        ((1, 1, 0), "out of range"),
+        ((1, 1, 4 * SYMBOL_LIMIT + 1), "out of range"),
+        ((1, 101, 2), "beyond the 100 latents"),
+    ],
+)
+def test_a_list_of_outliers_that_cannot_be_is_refused(numbers: tuple[int, ...], said: str) -> None:
+    assert Outliers.from_bytes(leb128(1, 100, 4 * SYMBOL_LIMIT), 100).excess.tolist() == [2 * SYMBOL_LIMIT]
+    with pytest.raises(CorruptPayload, match=said):
+        Outliers.from_bytes(leb128(*numbers), 100)
+
+
+def test_an_outlier_beyond_the_largest_symbol_is_refused() -> None:
+    outliers = Outliers(np.array([1], np.int32), np.array([5], np.int32))
+    assert outliers.apply(np.array([0, SYMBOL_LIMIT - 5], np.int32)).tolist() == [0, SYMBOL_LIMIT]
+    with pytest.raises(CorruptPayload, match="a symbol beyond"):
+        outliers.apply(np.array([0, SYMBOL_LIMIT - 4], np.int32))
+
+
 def test_more_bytes_than_a_photo_can_need_are_refused_unread() -> None:
     with pytest.raises(CorruptPayload, match="more than 65 numbers"):
         Outliers.from_bytes(b"\1" * 10**6, 32)
@@ -193,6 +228,8 @@ assert not {"compressai", "torchvision"} & set(sys.modules), "start-up pays for 
         ("cdf", lambda cdf: cdf + 1),
         ("cdf", lambda cdf: np.where(np.arange(cdf.shape[1]) == 2, cdf[:, 1:2], cdf)),
         ("cdf", lambda cdf: np.minimum(cdf, 60000)),
+        ("cdf", lambda cdf: np.where(cdf == 65536, 65535, cdf)),  # rises, and ends short of the sentinel
+        ("cdf", lambda cdf: np.where(cdf == 65536, 65537, cdf)),
         ("cdf", lambda cdf: cdf.astype(np.int64)),
         ("size", lambda size: size + 10**4),
         ("size", lambda size: size * 0 + 1),

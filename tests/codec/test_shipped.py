@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from service.codec import shipped
-from service.codec.bitstream import Bitstream, CorruptBitstream
+from service.codec.bitstream import Bitstream, CorruptBitstream, Degradation, DegradationKind
 from service.codec.config import RATE_POINTS
 from service.codec.known_answer import known_answer
-from service.codec.rans import Outliers
-from service.codec.shipped import Coded, LatentSymbols, ShippedCodec, latent_size
+from service.codec.rans import SYMBOL_LIMIT, CorruptPayload, Outliers
+from service.codec.shipped import Coded, Effort, LatentSymbols, ShippedCodec, Watch, latent_size
 from service.engine import Engine, Photo
 from tests.conftest import DATA, noisy
 
@@ -105,6 +105,65 @@ def test_copies_in_a_batch_get_their_latents_back_and_others_stay(
             for one in (plain, taken)
         ]
         assert missed[1] < 0.8 * missed[0]
+
+
+def test_a_copy_too_large_to_be_asked_is_refined_like_any_photo(
+    codec: ShippedCodec, bikes: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = torch.tensor([5])
+    y_hat = codec.read([codec.write(encode(codec, batch_of([bikes[:160, :192]]), rate)[0])], rate, 10, 12)
+    copy = (codec.synthesise(y_hat, rate) * 255).round() / 255
+    y, z_hat, _ = codec.analyse(copy, rate)
+    effort = Effort(1, copy, [(Degradation(DegradationKind.CLEAN, 1.0),)])
+    plain = codec.rounded(y, z_hat, rate)[0][0]
+    recognised = codec.symbols_of(y, z_hat, rate, effort)[0]
+    assert same(recognised, codec.symbols_of(y, z_hat, rate)[0])
+    assert not same(recognised, plain)
+    monkeypatch.setattr(shipped, "COPY_PIXELS", 1)
+    assert same(codec.symbols_of(y, z_hat, rate)[0], plain)
+    assert not same(codec.symbols_of(y, z_hat, rate, effort)[0], plain)
+
+
+def test_the_steps_that_copies_take_besides_are_those_that_are_told(codec: ShippedCodec, bikes: Photo) -> None:
+    class Count(Watch):
+        told = made = 0
+
+        def step(self) -> None:
+            self.made += 1
+
+        def more(self, steps: int) -> None:
+            self.told += steps
+
+    rate = torch.tensor([5, 5])
+    y_hat = codec.read(
+        [codec.write(one) for one in encode(codec, batch_of([bikes[:160, :192]] * 2), rate)], rate, 10, 12
+    )
+    copies = (codec.synthesise(y_hat, rate) * 255).round() / 255
+    count = Count()
+    with codec.watched_by(count):
+        encode(codec, copies, rate)
+    assert count.told == 2 * codec.steps
+    assert count.made == codec.steps + count.told
+
+
+def test_a_latent_beyond_the_largest_symbol_is_clipped(codec: ShippedCodec, parrots: Photo) -> None:
+    rate = torch.tensor([7])
+    y, z_hat, _ = codec.analyse(batch_of([parrots[:64, :64]]), rate)
+    y = y.clone()
+    y[0, 0, 1, 1] = 5e5
+    latents = codec.symbols_of(y, z_hat, rate)[0]
+    assert max(int(np.abs(symbols).max()) for symbols, _ in latents.passes) == SYMBOL_LIMIT
+    back = codec.read([codec.write(latents)], rate, 4, 4)
+    assert float(back[0, 0, 1, 1]) > SYMBOL_LIMIT / 2
+
+
+def test_an_outlier_behind_the_coded_latents_is_refused(codec: ShippedCodec, parrots: Photo) -> None:
+    rate = torch.tensor([0])
+    coded = codec.write(encode(codec, batch_of([parrots[:64, :64]]), rate)[0])
+    last = codec.config.latents * 16 - 1  # at this rate point most latents are not coded
+    forged = Coded(coded.payload, Outliers(np.array([last]), np.array([3])).to_bytes())
+    with pytest.raises(CorruptPayload, match=f"position {last} of"):
+        codec.read([forged], rate, 4, 4)
 
 
 @pytest.mark.parametrize("rate_point", [0, 3, 7])

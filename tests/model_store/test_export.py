@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from model_store.degradations import Kind
+from model_store.index import read_index, write_index
 from model_store.training.average import average
 from model_store.training.export import export
 from model_store.training.frequencies import with_counted_tables
@@ -45,10 +46,15 @@ def test_an_exported_run_is_a_model_that_the_service_loads(
     assert engine.default.entry.name == "tiny-1"
     (back,) = engine.decode(engine.encode([EncodeJob(bikes, 4)]))
     assert back.shape == bikes.shape
-    with pytest.raises(ValueError, match="does not have yet"):
+    with pytest.raises(ValueError, match="of no model or file"):
         export(checkpoint, "tiny-1", store)
     with pytest.raises(ValueError, match="lower-case"):  # the service would refuse the whole store
         export(checkpoint, "tiny_2", store)
+    index = read_index(store)
+    index["models"][0]["file"] = "tiny-2.safetensors"
+    write_index(store, index)
+    with pytest.raises(ValueError, match="of no model or file"):
+        export(checkpoint, "tiny-2", store)
 
 
 def test_counted_frequencies_save_bytes_and_decode(
@@ -166,7 +172,7 @@ def test_a_recoded_model_gives_the_same_pictures_from_fewer_bytes(
         with Image.open(path) as image:
             image.resize((256, 256)).save(path)
     recode(store, "tiny-1", "tiny-2", photos, batches=4)
-    with pytest.raises(ValueError, match="does not have yet"):
+    with pytest.raises(ValueError, match="of no model or file"):
         recode(store, "tiny-1", "tiny-2", photos, batches=4)
     engine = Engine(ModelStore(store), "cpu")
     assert engine.default.entry.name == "tiny-2"
