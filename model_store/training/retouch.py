@@ -34,7 +34,7 @@ from service.codec.device import pick_device
 from service.codec.model import TrainableCodec
 
 HOLD = 50.0
-"""Weight of `held` beside the logarithm of what the pictures to learn cost."""
+"""Weight of `held` beside the logarithm of what the pictures to learn cost, unless another is asked for."""
 
 LEARNABLE = tuple(kind for kind in KIND_SHARES if kind not in (Kind.CLEAN, Kind.JPEG))
 """Clean photographs are held; JPEG's damage lies on a tenth of all."""
@@ -68,6 +68,7 @@ def retouch(
     minutes: float,
     learn: Sequence[Kind] = (),
     held_to: Path | None = None,
+    hold: float = HOLD,
     lr: float = 1e-4,
     batch: int = 4,
     crop: int = 224,
@@ -79,6 +80,7 @@ def retouch(
         start_from: weights of a run, of this size.
         learn: of `LEARNABLE`, besides drawn pictures, each as often as the others.
         held_to: the model that photographs are held to; that of `start_from`, unless it is a retouch to go on from.
+        hold: the weight of that.
         batch, crop: of the photographs of a step; drawn pictures have up to 100,000 pixels a batch, whatever these are.
 
     Raises:
@@ -123,7 +125,7 @@ def retouch(
         record = {
             "batch": batch, "crop": crop, "seed": seed, "photos": len(pool.photos), "device": str(where),
             "only": "g_a", "retouched": named(start_from), "held_to": named(held_to),
-            "learn": ", ".join(learn), "minutes": minutes, "lr": lr,
+            "learn": ", ".join(learn), "minutes": minutes, "lr": lr, "hold": hold,
         }  # fmt: skip
         write_mixed({"size": size, "step": step, "seconds": seconds, "record": record}, ema.mean, output)
 
@@ -142,7 +144,7 @@ def retouch(
             with torch.no_grad():
                 wanted = before(photo.degraded, photo.rate)
             held = (model.g_a(photo.degraded, photo.rate) - wanted).square().mean()
-            loss = (cost + _ENOUGH).log().mean() + HOLD * held
+            loss = (cost + _ENOUGH).log().mean() + hold * held
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = clipped(learning, where)
@@ -175,6 +177,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--learn", nargs="+", choices=[*LEARNABLE], default=[], help="besides drawn pictures")
     parser.add_argument("--held-to", type=Path, help="weights that photographs are held to, if not what it starts from")
+    parser.add_argument("--hold", type=float, default=HOLD, help="how hard, default %(default)s")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--crop", type=int, default=224)

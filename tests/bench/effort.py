@@ -13,10 +13,10 @@ from tests.bench.machine import machine, result_file
 from tests.bench.speed import large
 
 WANTED = (
-    *(("edge-8", (512, 768), effort) for effort in (0, 1, 4, 8)),
-    *(("base-2", (512, 768), effort) for effort in (0, 1, 4, 8)),
-    *(("edge-8", (1500, 2000), effort) for effort in (0, 1, 4)),
-    *(("edge-8", (3000, 4000), effort) for effort in (0, 1)),
+    *(("edge-9", (512, 768), effort) for effort in (0, 1, 4, 8)),
+    *(("base-3", (512, 768), effort) for effort in (0, 1, 4, 8)),
+    *(("edge-9", (1500, 2000), effort) for effort in (0, 1, 4)),
+    *(("edge-9", (3000, 4000), effort) for effort in (0, 1)),
 )
 """Model, height and width, effort."""
 
