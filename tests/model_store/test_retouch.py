@@ -60,26 +60,23 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def retouched(
-    start: Path, photos: Path, run: Path, *learn: Kind, held_to: Path | None = None
+    start: Path, photos: Path, run: Path, *learn: Kind, held_to: Path | None = None, hold: float = retouch.HOLD
 ) -> list[dict[str, float]]:
     """The log of some steps of a high rate."""
     retouch.retouch(
-        start, photos, run / "checkpoint.pt", size="tiny", minutes=0.3, learn=learn, held_to=held_to,
+        start, photos, run / "checkpoint.pt", size="tiny", minutes=0.3, learn=learn, held_to=held_to, hold=hold,
         lr=3e-3, batch=2, crop=64, seed=1,
     )  # fmt: skip
     return [json.loads(line) for line in (run / "retouch.jsonl").read_text().splitlines()]
 
 
-def test_only_the_encoder_learns_and_is_held_to_its_latents(
-    start: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_encoder_learns_and_is_held_to_its_latents(start: Path, photos: Path, tmp_path: Path) -> None:
     held = retouched(start, photos, tmp_path / "held")
     before, after = (weights_to_start_from(path, TINY) for path in (start, tmp_path / "held" / "checkpoint.pt"))
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed
     assert all(name.startswith("g_a.") and not name.startswith("g_a.gain") for name in changed)
-    monkeypatch.setattr(retouch, "HOLD", 0.0)
-    free = retouched(start, photos, tmp_path / "free")
+    free = retouched(start, photos, tmp_path / "free", hold=0)
     assert held[-1]["held"] < 0.5 * free[-1]["held"]
 
 
