@@ -10,12 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-ifneq ($(TORCH_INDEX),)
-ifneq ($(wildcard $(VENV)/torch.stamp),)
-ifneq ($(TORCH_INDEX),$(shell cat $(VENV)/torch.stamp))
+TORCH_FROM := $(if $(wildcard $(VENV)/torch.stamp),$(shell cat $(VENV)/torch.stamp),$(TORCH_INDEX))
+ifneq ($(TORCH_INDEX),$(and $(TORCH_INDEX),$(TORCH_FROM)))
 $(error torch is in $(VENV) already, from another index; remove $(VENV) to take it from this one)
-endif
-endif
 endif
 
 .PHONY: run test lint format bench cost evaluate clean

@@ -189,9 +189,10 @@ def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
         metrics.batch_retries.labels(reason).inc()
 
     def took(item: Work, product: Product) -> int | None:
-        stream = product[0]
-        refined = isinstance(stream, Bitstream) and trust(stream.degradations)
-        return pixels_of(item, refined=bool(refined)) if isinstance(item, EncodeJob) else None
+        made, _ = product
+        if isinstance(item, EncodeJob) and isinstance(made, Bitstream):
+            return pixels_of(item, refined=trust(made.degradations) > 0)
+        return None
 
     return Batcher(runner, limits, events=Events(launched, retried), took=took)
 

@@ -167,10 +167,10 @@ def test_a_store_begins_where_an_earlier_call_was_ended(tmp_path: Path) -> None:
     assert ModelStore.begin(folder, source, "edge-next").index.default == "edge-next"
 
 
-def spoiled(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> ModelStore:
-    """The store with other tensors, whose digest is right."""
+def spoiled(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> ModelStore:
+    """The store with another tensor of that name, under a right digest."""
     model = read_model(folder)
-    change(model.tensors)
+    model.tensors[name] = change(model.tensors[name])
     data = save(model.tensors, {"limpid": model.description})
     (folder / model.entry["file"]).write_bytes(data)
     edit(folder, sha256=hashlib.sha256(data).hexdigest())
@@ -191,7 +191,7 @@ def spoiled(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 def test_tensors_that_do_not_fit_are_told(
     copy: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], said: str
 ) -> None:
-    store = spoiled(copy, lambda tensors: tensors.update({name: change(tensors[name])}))
+    store = spoiled(copy, name, change)
     with pytest.raises(StoreError, match=said):
         store.load(store.index.models[0], CPU)
 

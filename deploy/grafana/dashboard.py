@@ -89,7 +89,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                (f"""sum({rate('bitstream_bytes_total', 'operation="compress"')})""", "bitstreams")), signed=True),
         Panel("Degradations", "What the encoder found wrong with the photos; a camera that fogs up shows.", "reqps",
               ((f"sum by (kind) ({rate('degradations_total')})", "{{kind}}"),), True),
-        Panel("Efforts", "Photos by the effort asked for. With 4, one takes a dozen times as long as with 0.", "reqps",
+        Panel("Efforts", "Photos by the effort asked for. With 4, one takes 13 times as long or more.", "reqps",
               ((f"sum by (effort) ({rate('efforts_total')})", "effort {{effort}}"),), True),
     ),
     "Process": (

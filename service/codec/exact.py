@@ -72,6 +72,16 @@ def requantise(acc: Tensor, low: float, high: float) -> Tensor:
     return acc.floor_().clamp_(low, high)
 
 
+def check_integers(what: str, shift: Tensor, *others: Tensor) -> None:
+    """Raises:
+    ValueError: one of these holds something else, or a shift is not from 0 to `MOST_SHIFT`; it says of what.
+    """
+    if not all(torch.equal(part, part.round()) for part in (shift, *others)):
+        raise ValueError(f"{what}: expected integers")
+    if shift.min() < 0 or shift.max() > MOST_SHIFT:
+        raise ValueError(f"{what}: expected shifts from 0 to {MOST_SHIFT}")
+
+
 @dataclass(frozen=True)
 class ScaledLayer:
     """A layer ready to run: floor(x weight + bias), clamped, is floor((acc + 2^(shift-1)) * 2^-shift), clamped.
@@ -112,15 +122,15 @@ class IntegerLayer:
     low: int
     high: int
 
-    def check(self) -> None:
+    def check(self, name: str) -> None:
         """Raises:
         ValueError: these are not the integers that are promised above.
         """
-        whole = all(bool((part == part.round()).all()) for part in (self.weight, self.bias, self.shift))
-        if not whole or not isinstance(self.low, int) or not isinstance(self.high, int):
-            raise ValueError("expected integers")
-        if self.weight.abs().max() > WEIGHT_LIMIT or self.shift.min() < 0 or self.shift.max() > MOST_SHIFT:
-            raise ValueError(f"expected weights within +-{WEIGHT_LIMIT} and shifts from 0 to {MOST_SHIFT}")
+        check_integers(f"layer {name}", self.shift, self.weight, self.bias)
+        if not isinstance(self.low, int) or not isinstance(self.high, int):
+            raise ValueError(f"layer {name}: expected integers for its clamp")
+        if self.weight.abs().max() > WEIGHT_LIMIT:
+            raise ValueError(f"layer {name}: expected weights within +-{WEIGHT_LIMIT}")
 
     def scaled(self, device: torch.device, dtype: torch.dtype) -> ScaledLayer:
         """The layer on its device, in a carrier that the caller knows to be exact for it."""

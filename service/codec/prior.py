@@ -33,6 +33,7 @@ from service.codec.exact import (
     IntegerLayer,
     ScaledLayer,
     TrainableLayer,
+    check_integers,
     depthwise,
     pointwise,
     power_of_two,
@@ -184,10 +185,7 @@ class IntegerPrior:
         if self.layers.keys() != (wanted := layer_names(self.passes)):
             raise ValueError(f"{self.passes} passes do not go with layers {sorted(self.layers.keys() ^ wanted)}")
         for name, layer in self.layers.items():
-            try:
-                layer.check()
-            except ValueError as error:
-                raise ValueError(f"layer {name}: {error}") from None
+            layer.check(name)
             low, high = -LIMIT, LIMIT
             if name in OUTPUTS:
                 low, high = (0, SCALE_LEVELS - 1) if name.endswith("level") else (-MEAN_LIMIT, MEAN_LIMIT)
@@ -198,9 +196,7 @@ class IntegerPrior:
         means = [self.layers[name] for name in OUTPUTS if name.endswith("mean")]
         normal = max(max(abs(layer.low), abs(layer.high)) for layer in means)
         for rescale, reach in ((self.mean_rescale, normal), (self.context_rescale, MEAN_LIMIT)):
-            whole = all(bool((part == part.round()).all()) for part in (rescale.factor, rescale.shift))
-            if not whole or rescale.shift.min() < 0 or rescale.shift.max() > MOST_SHIFT:
-                raise ValueError(f"expected integers for rescales, and shifts from 0 to {MOST_SHIFT}")
+            check_integers("the integers for rescales", rescale.shift, rescale.factor)
             if (product := reach * float(rescale.factor.double().abs().max())) >= FLOAT32_EXACT:
                 raise ValueError(f"products up to {product:.3g} leave the exact range of float32 (2^24)")
 

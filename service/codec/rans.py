@@ -10,6 +10,7 @@ What the guard does, and against what (version 1.2.8):
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.machinery import PathFinder
@@ -178,6 +179,17 @@ def _numbers(data: bytes, most: int) -> Symbols:
     return np.concatenate(found)
 
 
+def leb128(numbers: Iterable[int]) -> bytes:
+    """Numbers from 0 on, seven bits a byte, the lowest first, as `_numbers` reads them."""
+    out = bytearray()
+    for value in numbers:
+        while value >= 0x80:
+            out.append(value & 0x7F | 0x80)
+            value >>= 7
+        out.append(value)
+    return bytes(out)
+
+
 @dataclass(frozen=True)
 class Outliers:
     """Symbols that did not fit their table: `position` (n,) in coding order, `excess` (n,) beyond the clipped value.
@@ -198,13 +210,7 @@ class Outliers:
             return b""
         steps = np.diff(self.position, prepend=-1)
         zigzag = np.where(self.excess < 0, -2 * self.excess - 1, 2 * self.excess)
-        out = bytearray()
-        for value in [len(self.position), *np.stack([steps, zigzag], 1).reshape(-1).tolist()]:
-            while value >= 0x80:
-                out.append(value & 0x7F | 0x80)
-                value >>= 7
-            out.append(value)
-        return bytes(out)
+        return leb128([len(self.position), *np.stack([steps, zigzag], 1).reshape(-1).tolist()])
 
     @classmethod
     def from_bytes(cls, data: bytes, latents: int) -> Outliers:

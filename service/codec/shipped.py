@@ -230,11 +230,12 @@ class ShippedCodec:
         copies = self._copies(y, rate, rounding)
         for index, again in copies.items():
             latents[index] = again
-        for index, found in enumerate(effort.found if effort else ()):
-            if effort and index not in copies and (share := trust(found)):
-                one = slice(index, index + 1)
-                better = self._refine(y[one], z_hat[one], rate[one], effort.rounds, effort.x[one], share)
-                latents[index] = self.rounded(better, z_hat[one], rate[one])[0][0]
+        if effort:
+            for index, found in enumerate(effort.found):
+                if index not in copies and (share := trust(found)):
+                    one = slice(index, index + 1)
+                    better = self._refine(y[one], z_hat[one], rate[one], effort.rounds, effort.x[one], share)
+                    latents[index] = self.rounded(better, z_hat[one], rate[one])[0][0]
         return latents
 
     def _copies(self, y: Tensor, rate: Tensor, rounding: list[float]) -> dict[int, LatentSymbols]:

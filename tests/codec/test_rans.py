@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.codec import rans
-from service.codec.rans import SYMBOL_LIMIT, CorruptPayload, Decoder, Encoder, GuardedTables, Outliers
+from service.codec.rans import SYMBOL_LIMIT, CorruptPayload, Decoder, Encoder, GuardedTables, Outliers, leb128
 from service.codec.tables import SCALE_LEVELS, CdfTables, gaussian_tables, logistic_tables
 
 TABLES = GuardedTables(gaussian_tables())
@@ -116,16 +116,6 @@ def test_any_outlier_bytes_are_a_list_or_an_error(data: bytes) -> None:
     assert (np.abs(outliers.excess) <= 2 * SYMBOL_LIMIT).all()
 
 
-def leb128(*numbers: int) -> bytes:
-    out = bytearray()
-    for number in numbers:
-        while number >= 0x80:
-            out.append(number & 0x7F | 0x80)
-            number >>= 7
-        out.append(number)
-    return bytes(out)
-
-
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [
@@ -139,9 +129,9 @@ def leb128(*numbers: int) -> bytes:
     ],
 )
 def test_a_list_of_outliers_that_cannot_be_is_refused(numbers: tuple[int, ...], said: str) -> None:
-    assert Outliers.from_bytes(leb128(1, 100, 4 * SYMBOL_LIMIT), 100).excess.tolist() == [2 * SYMBOL_LIMIT]
+    assert Outliers.from_bytes(leb128([1, 100, 4 * SYMBOL_LIMIT]), 100).excess.tolist() == [2 * SYMBOL_LIMIT]
     with pytest.raises(CorruptPayload, match=said):
-        Outliers.from_bytes(leb128(*numbers), 100)
+        Outliers.from_bytes(leb128(numbers), 100)
 
 
 def test_an_outlier_beyond_the_largest_symbol_is_refused() -> None:

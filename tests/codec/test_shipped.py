@@ -66,12 +66,17 @@ def test_latents_survive_every_mix_of_batch_and_threads(codec: ShippedCodec, par
         torch.set_num_threads(before)
 
 
+def copied(codec: ShippedCodec, x: torch.Tensor, rate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y_hat of a batch, and the photos that come back, in whole levels."""
+    y_hat = codec.read([codec.write(one) for one in encode(codec, x, rate)], rate, *latent_size(*x.shape[2:]))
+    return y_hat, (codec.synthesise(y_hat, rate) * 255).round() / 255
+
+
 def generations(codec: ShippedCodec, x: torch.Tensor, count: int) -> list[float]:
     """PSNR, dB, of each copy of copies of x at rate point 6."""
-    rate, size, copy, out = torch.tensor([5]), latent_size(*x.shape[2:]), x, []
+    rate, copy, out = torch.tensor([5]), x, []
     for _ in range(count):
-        y_hat = codec.read([codec.write(encode(codec, copy, rate)[0])], rate, *size)
-        copy = (codec.synthesise(y_hat, rate) * 255).round() / 255
+        _, copy = copied(codec, copy, rate)
         out.append(-10 * float((copy - x).square().mean().log10()))
     return out
 
@@ -90,8 +95,7 @@ def test_copies_in_a_batch_get_their_latents_back_and_others_stay(
 ) -> None:
     rate = torch.tensor([3, 6])
     first = batch_of([bikes[:160, :192], parrots[:160, 64:256]])
-    was = codec.read([codec.write(one) for one in encode(codec, first, rate)], rate, 10, 12)
-    copies = (codec.synthesise(was, rate) * 255).round() / 255
+    was, copies = copied(codec, first, rate)
     batch = torch.cat([copies[:1], batch_of([noisy(parrots[:160, :192])]), copies[1:], first[:1]])
     rates = torch.tensor([3, 5, 6, 3])
     y, z_hat, _ = codec.analyse(batch, rates)
@@ -111,8 +115,7 @@ def test_a_copy_too_large_to_be_asked_is_refined_like_any_photo(
     codec: ShippedCodec, bikes: Photo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rate = torch.tensor([5])
-    y_hat = codec.read([codec.write(encode(codec, batch_of([bikes[:160, :192]]), rate)[0])], rate, 10, 12)
-    copy = (codec.synthesise(y_hat, rate) * 255).round() / 255
+    _, copy = copied(codec, batch_of([bikes[:160, :192]]), rate)
     y, z_hat, _ = codec.analyse(copy, rate)
     effort = Effort(1, copy, [(Degradation(DegradationKind.CLEAN, 1.0),)])
     plain = codec.rounded(y, z_hat, rate)[0][0]
@@ -135,10 +138,7 @@ def test_the_steps_that_copies_take_besides_are_those_that_are_told(codec: Shipp
             self.told += steps
 
     rate = torch.tensor([5, 5])
-    y_hat = codec.read(
-        [codec.write(one) for one in encode(codec, batch_of([bikes[:160, :192]] * 2), rate)], rate, 10, 12
-    )
-    copies = (codec.synthesise(y_hat, rate) * 255).round() / 255
+    _, copies = copied(codec, batch_of([bikes[:160, :192]] * 2), rate)
     count = Count()
     with codec.watched_by(count):
         encode(codec, copies, rate)
