@@ -257,7 +257,7 @@ class Engine:
 
     def warm_up(self, names: Sequence[str] | None = None) -> None:
         """Run every variant of some models, or of all, once each way, so that the first request pays for nothing."""
-        photo = np.zeros((64, 64, 3), np.uint8)
+        photo = np.zeros((32, 32, 3), np.uint8)
         for name in self.models if names is None else names:
             self.decode(self.encode([EncodeJob(photo, rate, name) for rate in range(1, RATE_POINTS + 1)]))
         if self.device.type == "cpu":

@@ -9,11 +9,13 @@ neural image compression", CVPR Workshops 2019, which descends on y for thousand
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,8 @@ from service.codec.config import STRIDE
 from service.codec.model import gaussian_bits
 from service.codec.report import HARMLESS, SPAN
 from service.codec.transforms import BlockStack, Synthesis, rate_lambda
+
+Whole = TypeVar("Whole", bound=nn.Module)
 
 Block = Callable[[Tensor], Tensor]
 
@@ -120,16 +124,21 @@ class _Recomputed(nn.Module):
         return result
 
 
+def _with_child(module: Whole, name: str, child: nn.Module) -> Whole:
+    """A module that is `module`, parameters and all, but for one child."""
+    other = copy.copy(module)
+    other._modules = {**module._modules, name: child}
+    return other
+
+
 def recomputed(g_s: Synthesis, dtype: torch.dtype) -> Synthesis:
     """A synthesis through which gradients find their way back in little memory, with the weights of `g_s` itself."""
-    with torch.device("meta"):
-        twin = Synthesis(g_s.config)
-    twin.load_state_dict(g_s.state_dict(), assign=True)
-    twin.eval().requires_grad_(False)
-    for stack in twin.stacks:
-        if isinstance(stack, BlockStack):
-            stack.blocks = nn.Sequential(*(_Recomputed(block, dtype) for block in stack.blocks))
-    return twin
+    stacks = [
+        _with_child(stack, "blocks", nn.Sequential(*(_Recomputed(block, dtype) for block in stack.blocks)))
+        for stack in g_s.stacks
+        if isinstance(stack, BlockStack)
+    ]
+    return _with_child(g_s, "stacks", nn.ModuleList(stacks))
 
 
 class Refinement:

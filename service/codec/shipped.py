@@ -41,7 +41,7 @@ from service.codec.rans import (
 from service.codec.refine import Refinement, Rounded, recomputed, steps_of, trust
 from service.codec.report import ReportHead
 from service.codec.tables import SCALE_LEVELS, Z_LIMIT, CdfTables, level_to_scale
-from service.codec.transforms import Analysis, HyperAnalysis, Synthesis
+from service.codec.transforms import Analysis, HyperAnalysis, Synthesis, with_weights
 
 _UNIT = 2**MEAN_FRACTION
 
@@ -410,9 +410,11 @@ class ShippedCodec:
         try:
             stated = json.loads(description)
             config = CodecConfig.from_dict(stated["config"])
-            transforms = Analysis(config), Synthesis(config), HyperAnalysis(config)
-            for name, part in zip(("g_a", "g_s", "h_a"), transforms):
-                part.load_state_dict({key: value.float() for key, value in _below(tensors, name).items()})
+            transforms = (
+                with_weights(lambda: Analysis(config), _below(tensors, "g_a")),
+                with_weights(lambda: Synthesis(config), _below(tensors, "g_s")),
+                with_weights(lambda: HyperAnalysis(config), _below(tensors, "h_a")),
+            )
             layers = {
                 name: IntegerLayer(
                     tensors[f"prior.{name}.weight"],
@@ -432,10 +434,8 @@ class ShippedCodec:
             if len(z_tables.cdf) != RATE_POINTS * config.hyper or not z_tables.within(Z_LIMIT):
                 raise ValueError(f"expected {RATE_POINTS * config.hyper} tables for z, of symbols within +-{Z_LIMIT}")
             prior = IntegerPrior(config.passes, layers, mean, context)
-            report = None
-            if weights := _below(tensors, "report"):
-                report = ReportHead(config)
-                report.load_state_dict(weights)
+            weights = _below(tensors, "report")
+            report = with_weights(lambda: ReportHead(config), weights) if weights else None
             deviation = tensors["deviation"]
             if deviation.shape != (config.latents,) or not (deviation > 0).all():
                 raise ValueError(f"expected a deviation for each of {config.latents} latents")
@@ -445,7 +445,9 @@ class ShippedCodec:
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
+    """Copies of a part's weights, in float32: files keep them in fewer bits."""
+    below = {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
+    return {name: value.to(torch.float32, copy=True) for name, value in below.items()}
 
 
 def _pairs(symbols: Tensor, levels: Tensor) -> list[tuple[Symbols, Symbols]]:

@@ -6,15 +6,19 @@ These run in any precision on any device. What must be exact (z_hat to mu and sc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from service.codec.blocks import HATB
 from service.codec.config import LAMBDA_RANGE, RATE_POINTS, CodecConfig, Stage
+
+_Part = TypeVar("_Part", bound=nn.Module)
 
 GAIN_ANCHORS = (1.8, 14.0)
 """Latent gains that training starts from, at the smallest and at the best rate point."""
@@ -34,6 +38,26 @@ def rate_lambda(rate: Tensor) -> Tensor:
     """rate: (B,) indexes 0..7. Returns (B,), log-spaced over the rate points."""
     low, high = LAMBDA_RANGE
     return low * (high / low) ** rate_position(rate)
+
+
+class _Undrawn(TorchFunctionMode):
+    """No weights are drawn at random within: drawing those of ten models, to be replaced, takes half a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        drawing = getattr(func, "__module__", None) == "torch.nn.init"
+        return None if drawing else func(*args, **(kwargs or {}))
+
+
+def with_weights(build: Callable[[], _Part], weights: Mapping[str, Tensor]) -> _Part:
+    """A part with these weights, the tensors themselves.
+
+    Raises:
+        RuntimeError: they do not fit it.
+    """
+    with _Undrawn():
+        part = build()
+    part.load_state_dict(weights, assign=True)
+    return part
 
 
 class RateGain(nn.Module):
