@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from email.message import Message
 
 import httpx
@@ -16,6 +18,19 @@ log = logging.getLogger("gateway")
 LARGEST_FRAME = 2**26
 """Bytes; a camera that sends more without a boundary is asked anew."""
 
+PATIENCE, QUIET = 10.0, 600.0
+"""Seconds for an answer to begin, and that a stream may then be silent: some cameras film on motion only."""
+
+_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+"""A stream whose camera is gone is given up after so many seconds of silence, and asked so often."""
+
+
+def _transport() -> httpx.AsyncHTTPTransport:
+    """Straight to the camera, whatever proxies the environment names."""
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    options += [(socket.IPPROTO_TCP, getattr(socket, name), n) for name, n in _ALIVE.items() if hasattr(socket, name)]
+    return httpx.AsyncHTTPTransport(socket_options=options)
+
 
 async def camera_frames(url: str, every: float | None) -> AsyncIterator[bytes]:
     """Frames of a camera without end: parts of an MJPEG stream, or snapshots, at most one in `every` seconds.
@@ -24,25 +39,32 @@ async def camera_frames(url: str, every: float | None) -> AsyncIterator[bytes]:
 
     Whatever goes wrong at the camera is logged, and the camera asked again after a second.
     """
-    async with httpx.AsyncClient(timeout=httpx.Timeout(10)) as http:
+    async with httpx.AsyncClient(timeout=httpx.Timeout(PATIENCE, read=QUIET), transport=_transport()) as http:
         while True:
             try:
-                async with http.stream("GET", url) as answer:
+                async with asyncio.timeout(PATIENCE):
+                    answer = await http.send(http.build_request("GET", url), stream=True)
+                async with aclosing(answer):
                     answer.raise_for_status()
-                    kind = answer.headers.get("content-type", "")
-                    if kind.lower().startswith("multipart/"):
-                        async for frame in thinned(parts(answer.aiter_bytes(), boundary(kind)), every or 0):
+                    kind = answer.headers.get("content-type", "").lower()
+                    if kind.startswith("multipart/"):
+                        between = boundary(answer.headers["content-type"])
+                        async for frame in thinned(parts(answer.aiter_bytes(), between), every or 0):
                             yield frame
                         log.warning("the camera ended its stream")
                         await asyncio.sleep(1)
+                    elif kind.startswith(("text/", "application/json")):  # to log in, say
+                        raise httpx.RemoteProtocolError(f"expected a photo, got {kind}")
                     else:
-                        yield await snapshot(answer.aiter_bytes())
+                        async with asyncio.timeout(QUIET):
+                            frame = await snapshot(answer.aiter_bytes())
+                        yield frame
                         await asyncio.sleep(every or 1)
             except httpx.HTTPStatusError as error:  # whose text has the URL, keys and all
                 log.warning("camera: it answers %d", error.response.status_code)
                 await asyncio.sleep(1)
-            except httpx.HTTPError as error:
-                log.warning("camera: %s: %s", type(error).__name__, error)
+            except (httpx.HTTPError, TimeoutError) as error:
+                log.warning("camera: %s: %s", type(error).__name__, str(error) or "it is silent")
                 await asyncio.sleep(1)
 
 
@@ -59,13 +81,15 @@ async def snapshot(chunks: AsyncIterator[bytes]) -> bytes:
     """A body that is one frame.
 
     Raises:
-        httpx.RemoteProtocolError: it is larger than any frame; a video, say, that would never end.
+        httpx.RemoteProtocolError: it is empty, or larger than any frame; a video, say, that would never end.
     """
     frame = bytearray()
     async for chunk in chunks:
         frame += chunk
         if len(frame) > LARGEST_FRAME:
             raise httpx.RemoteProtocolError(f"expected a photo, got more than {LARGEST_FRAME} bytes in one answer")
+    if not frame:
+        raise httpx.RemoteProtocolError("expected a photo, got an empty answer")
     return bytes(frame)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -26,9 +27,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from deploy.camera import camera_frames
+from service.arguments import not_negative, positive
 from service.budget import MOST_BPP
 from service.calls import base_url
-from service.cli import positive
 from service.client import AsyncClient, LimpidError, Policy, RequestRefused
 from service.codec.config import MOST_EFFORT
 from service.files import PHOTO_ENDINGS, write_whole
@@ -38,8 +39,12 @@ log = logging.getLogger("gateway")
 ATTEMPTS = 1000
 """Of one call, within its deadline; the gateway then takes the frame up again."""
 
-PAUSE, LONGEST_PAUSE = 5.0, 60.0
-"""Seconds before a frame that is not to blame is tried again; ever longer where OUT cannot be written."""
+PAUSE, LONGEST_PAUSE, MOST_ASKED = 5.0, 60.0, 600.0
+"""Seconds before a frame that is not to blame is tried again; ever longer where OUT cannot be written, and where a
+service, or a proxy before it, asks for more time, at most that."""
+
+LOOKING = 0.1
+"""Share of the time that looks for frames may take: where a folder holds very many files, they come less often."""
 
 BLAMELESS = frozenset({"invalid-api-key", "not-found", "malformed-request", "unknown-model", "unexpected-answer"})
 """What the service, or something before it, says when the gateway is set up wrongly."""
@@ -57,6 +62,11 @@ class Goal(TypedDict, total=False):
 
 State = tuple[int, int]
 """Of a file: its size, and when it last changed."""
+
+
+def is_frame(name: str) -> bool:
+    """Whether a file of that name is one to send; others are left alone."""
+    return name.lower().endswith(PHOTO_ENDINGS) and not name.startswith(".")
 
 
 def state_of(path: Path) -> State:
@@ -82,6 +92,16 @@ def coarseness(folder: Path) -> int:
         return min(_COARSEST, abs(state_of(probe)[1] - _NEARLY_TWO_SECONDS))
     finally:
         probe.unlink()
+
+
+def _move(path: Path, kept: Path) -> None:
+    """Over what is there. Between file systems, where nothing can be moved, what is there stays."""
+    try:
+        path.replace(kept)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        path.unlink()
 
 
 class Unwritten(Exception):
@@ -124,26 +144,36 @@ class Gateway:
 
     async def _take_up(self, poll: float) -> None:
         while True:
+            began = time.monotonic()
             try:
-                waiting = self.waiting()
+                waiting = await asyncio.to_thread(self.waiting)
             except OSError as error:  # of a folder that is away for a while, as network shares are
                 log.error("%s", error)
                 await asyncio.sleep(PAUSE)
                 continue
+            took = time.monotonic() - began
             for path, state in waiting:
                 await self._room.acquire()
                 self._under_way[path.name] = asyncio.create_task(self._send(path, state))
-            await asyncio.sleep(poll)
+            await asyncio.sleep(max(poll, took / LOOKING))
 
     def waiting(self) -> list[tuple[Path, State]]:
-        """Frames to send: complete (as they were `settle` seconds ago and at the last look), and without a result."""
+        """Frames to send: complete (as they were `settle` seconds ago and at the last look), and without a result.
+
+        Raises:
+            OSError: a folder is away.
+        """
         found = []
         seen: dict[str, tuple[State, float]] = {}
         done: dict[str, tuple[State, str]] = {}
         now = time.monotonic()
-        results = {f"{folder}/{name}" for folder in (self.out, self.refused) for name in os.listdir(folder)}
-        for name in sorted(os.listdir(self.frames)):
-            if not name.lower().endswith(PHOTO_ENDINGS) or name.startswith(".") or name in self._under_way:
+        self.refused.stat()  # or, while OUT is away, all would seem to be to do
+        folders = (self.out, self.refused) if self._done else ()
+        results = {f"{folder}/{name}" for folder in folders for name in os.listdir(folder)}
+        names = sorted(filter(is_frame, os.listdir(self.frames)))
+        self._told &= set(names)
+        for name in names:
+            if name in self._under_way:
                 continue
             path = self.frames / name
             try:
@@ -155,6 +185,8 @@ class Gateway:
                 if of_it := self._results_of(path, state)[1]:
                     done[name] = state, str(of_it[0])
                     continue
+                if not os.access(path, os.R_OK):
+                    raise PermissionError("it may not be read")
             except FileNotFoundError:  # somebody took it away
                 continue
             except OSError as error:
@@ -175,7 +207,7 @@ class Gateway:
 
         A frame that came after its result is another one; ctime tells, whatever mtime it was given.
         """
-        for path in self.frames.iterdir():
+        for path in (self.frames / name for name in os.listdir(self.frames) if is_frame(name)):
             try:
                 of_it = self._results_of(path, state_of(path))[1]
                 if of_it and path.stat().st_ctime_ns <= max(one.stat().st_ctime_ns for one in of_it):
@@ -224,23 +256,24 @@ class Gateway:
         except LimpidError as error:
             if isinstance(error, RequestRefused) and error.kind not in BLAMELESS:
                 frame = await asyncio.to_thread(path.read_bytes)
-                reason = self.refused / f"{name}.txt"
-                results = {reason: f"{error}\n".encode(), self.refused / name: frame}
-                if await asyncio.to_thread(self._conclude, path, state, results):
+                reason, kept = self.refused / f"{name}.txt", self.refused / name
+                results = {reason: f"{error}\n".encode(), kept: frame}
+                if await asyncio.to_thread(self._conclude, path, state, results, kept):
                     log.error("%s is refused: %s", path.name, error)
             else:
                 log.warning("%s waits: %s", path.name, error)
-                pause = max(PAUSE, error.retry_after)
+                pause = min(MOST_ASKED, max(PAUSE, error.retry_after))
                 await asyncio.sleep(pause * random.uniform(1, 1.5))  # or all cameras come at once
             return
         if await asyncio.to_thread(self._conclude, path, state, {self.out / f"{name}.lmp": done.bitstream}):
             said = {"frame": name, "bytes": len(done.bitstream), "rate": done.rate, "found": done.degradations}
             log.info(json.dumps(said))
 
-    def _conclude(self, path: Path, state: State, results: dict[Path, bytes]) -> bool:
+    def _conclude(self, path: Path, state: State, results: dict[Path, bytes], kept: Path | None = None) -> bool:
         """Write what became of a frame and delete it if told so. False: it is another one by now.
 
-        In one go, which a stop does not interrupt.
+        In one go, which a stop does not interrupt. Where the frame itself is `kept`, it moves there, over its copy: it
+        may be a part, whose writer has it open still, and then the rest comes after it.
         """
         if state_of(path) == state:
             try:
@@ -251,7 +284,7 @@ class Gateway:
             self._pause = PAUSE
             if state_of(path) == state:
                 if self.delete:
-                    path.unlink()
+                    _move(path, kept) if kept else path.unlink()
                 return True
             for result in results:
                 result.unlink()
@@ -263,7 +296,7 @@ async def _film(url: str, every: float | None, frames: Path, max_waiting: int) -
     """Put the camera's frames into the folder, named by the time; beyond `max_waiting` of them new ones are dropped."""
     async for frame in camera_frames(url, every):
         try:
-            if len(os.listdir(frames)) >= max_waiting:
+            if sum(map(is_frame, os.listdir(frames))) >= max_waiting:
                 log.error("%d frames wait, a new one is dropped", max_waiting)
                 continue
             await asyncio.to_thread(write_whole, frames / f"{time.time_ns()}.jpg", frame)
@@ -273,6 +306,7 @@ async def _film(url: str, every: float | None, frames: Path, max_waiting: int) -
 
 async def greet(url: str, limpid: AsyncClient, goal: Goal) -> None:
     """Say at once what a frame would tell only later: that no service answers there, or not to this key or goal."""
+    url = str(base_url(url).copy_with(userinfo=b""))  # a password is nobody's to read in a log
     try:
         offered = await limpid.variants(policy=Policy(deadline=5, attempts=1))
     except LimpidError as error:
@@ -326,7 +360,12 @@ def main() -> None:
         metavar=f"0..{MOST_EFFORT}",
         help="rounds of refinement",
     )
-    parser.add_argument("--settle", type=float, default=2, help="seconds for which a frame of the folder is unchanged")
+    parser.add_argument(
+        "--settle",
+        type=not_negative,
+        default=2,
+        help="seconds for which a frame of the folder is unchanged; longer than its writer ever pauses",
+    )
     parser.add_argument("--deadline", type=positive(float), default=60, help="seconds that a frame may take")
     parser.add_argument("--at-once", type=positive(int), default=4, help="frames under way at a time")
     parser.add_argument(

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 CHUNK = 1 << 16
 RETRIED = frozenset({408, 429, 502, 503})
+DAY = 86_400.0
 PROBLEM = "urn:limpid:problem:"
 
 
@@ -49,7 +50,7 @@ class LimpidError(Exception):
 
 
 class RequestRefused(LimpidError):
-    """4xx: this request will never succeed as it is."""
+    """4xx of Limpid, but 408 and 429: this request will never succeed as it is."""
 
 
 class Unauthorized(RequestRefused):
@@ -65,7 +66,8 @@ class ServiceBusy(LimpidError):
 
 
 class ServiceUnavailable(LimpidError):
-    """5xx or no answer until the attempts or the deadline were used up."""
+    """408, 502, 503 or no answer until the attempts or the deadline were used up; at once for another 5xx, a redirect
+    and what none of Limpid's answers."""
 
 
 class DeadlineExceeded(LimpidError):
@@ -156,23 +158,30 @@ class Call:
         backoff = min(self.policy.backoff_max, self.policy.backoff * 2.0 ** min(self.attempt - 1, 64))
         pause = backoff * (0.5 + 0.5 * random.random())
         if isinstance(outcome, httpx.Response):
-            asked = retry_after(outcome.headers.get("retry-after"))
+            asked = retry_after(outcome.headers)
             pause = max(pause, asked * random.uniform(1, 1.5))  # or all that were refused return at once
-        if self.attempt >= self.policy.attempts or self.clock() + pause >= self._ends:
+        least = min(1.0, self.policy.deadline / 10)  # or a late attempt's end would hide what was answered before
+        if self.attempt >= self.policy.attempts or self.clock() + pause + least > self._ends:
             return None
         return pause
 
 
-def retry_after(value: str | None) -> float:
-    """Seconds of a `Retry-After` header, a number or a date (RFC 9110, section 10.2.3); 0 for anything else."""
-    if value is None:
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that `Retry-After` asks for, a number or a date (RFC 9110, section 10.2.3), at most `DAY`; 0 for anything
+    else. A date is seen from the answer's own: clocks here may be wrong."""
+    value = headers.get("retry-after", "").strip()
+    if value.isdecimal():
+        return min(DAY, float(value))
+    if not (then := _timestamp(value)):
         return 0.0
-    if value.strip().isdecimal():
-        return float(value)
+    return min(DAY, max(0.0, then - (_timestamp(headers.get("date", "")) or time.time())))
+
+
+def _timestamp(date: str) -> float | None:
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        return parsedate_to_datetime(date).timestamp()
     except ValueError:
-        return 0.0
+        return None
 
 
 def chunks(body: Body) -> Iterator[bytes]:
@@ -188,9 +197,9 @@ def chunks(body: Body) -> Iterator[bytes]:
 
 
 def _in_short(answer: httpx.Response) -> str:
-    """Of an answer without words, such as a redirect from http to https."""
-    place = answer.headers.get("location")
-    return f"status {answer.status_code}" + (f", to {place}" if place else "")
+    """In a line, of an answer that is none of Limpid's, such as a redirect from http to https, or a proxy's page."""
+    place, words = answer.headers.get("location"), " ".join(answer.text.split())[:200]
+    return f"status {answer.status_code}" + (f", to {place}" if place else "") + (f": {words}" if words else "")
 
 
 def finish(outcome: httpx.Response | httpx.RequestError) -> httpx.Response:
@@ -207,7 +216,7 @@ def finish(outcome: httpx.Response | httpx.RequestError) -> httpx.Response:
         problem = outcome.json()
         name, detail = str(problem["type"]), str(problem["detail"])
     except (ValueError, KeyError, TypeError):
-        name, detail = "", outcome.text[:200].strip() or _in_short(outcome)
+        name, detail = "", _in_short(outcome)
     # A proxy answers as it likes, with problems of its own too.
     kind = name.removeprefix(PROBLEM) if name.startswith(PROBLEM) else "unexpected-answer"
     status = outcome.status_code
@@ -218,7 +227,7 @@ def finish(outcome: httpx.Response | httpx.RequestError) -> httpx.Response:
     if kind == "unmeetable-budget":
         error = BudgetUnmeetable
     headers = outcome.headers
-    raise error(kind, detail, status, headers.get("x-request-id"), retry_after(headers.get("retry-after")))
+    raise error(kind, detail, status, headers.get("x-request-id"), retry_after(headers))
 
 
 def compress_call(
@@ -250,7 +259,7 @@ def _of_limpid(read: Callable[[httpx.Response], T]) -> Callable[[httpx.Response]
         try:
             return read(response)
         except (ValueError, KeyError, TypeError):
-            raise ServiceUnavailable("unexpected-answer", response.text[:200], response.status_code) from None
+            raise ServiceUnavailable("unexpected-answer", _in_short(response), response.status_code) from None
 
     return checked
 
@@ -312,11 +321,15 @@ def base_url(url: str) -> httpx.URL:
     return base
 
 
-def key_header(api_key: str | None) -> dict[str, str]:
-    """Raises:
-    ValueError: no header can carry the key, which is not told.
+def key_header(api_key: str | None, url: httpx.URL) -> dict[str, str]:
+    """The key, beside a name and a password for a proxy that the URL may have, which go as `Authorization`.
+
+    Raises:
+        ValueError: no header can carry the key, which is not told.
     """
     key = (api_key or "").strip()  # a file's last line ends in a newline
     if not all("!" <= letter <= "~" for letter in key):
         raise ValueError("expected an API key of visible ASCII characters")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    if not key:
+        return {}
+    return {"X-API-Key": key} if url.userinfo else {"Authorization": f"Bearer {key}"}

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from service.arguments import positive
 from service.budget import MOST_BPP
 from service.client import Client, LimpidError, Policy
 from service.codec.config import MOST_EFFORT
@@ -27,10 +28,11 @@ from service.settings import Settings, service_settings
 if TYPE_CHECKING:
     from service.local import Local
 
-Number = TypeVar("Number", int, float)
-
 ERRORS = (ValueError, OSError, MemoryError, RuntimeError, LimpidError)
 """Of one file, after which the others go on; RuntimeError is torch's, of a device that is missing or full."""
+
+STREAM_ENDINGS = (".lmp",)
+"""Of the files in a folder that are taken for bitstreams."""
 
 LOCAL_AT_ONCE, REMOTE_AT_ONCE = 2, 8
 PATIENCE = 1.0
@@ -147,16 +149,19 @@ def _words(error: BaseException, source: Path | None) -> str:
     if isinstance(error, OSError) and error.strerror:
         other = error.filename is not None and str(error.filename) != str(source)
         return f"{error.filename}: {error.strerror}" if other else error.strerror
-    return str(error) or "out of memory"
+    return str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
+
+
+def _tell_of(left_out: Sequence[tuple[Path, str]]) -> None:
+    for path, why in left_out:
+        print(f"limpid: {path} is left out: {why}", file=sys.stderr)
 
 
 def _compress(args: argparse.Namespace) -> int:
-    for file in overlooked(args.inputs, PHOTO_ENDINGS):
-        why = "is a linked folder" if file.is_dir() else f"of a folder only {', '.join(PHOTO_ENDINGS)} are taken"
-        print(f"limpid: {file} is left out: {why}", file=sys.stderr)
     if args.output and names_a_file(args.output) and Path(args.output).suffix.lower() in PHOTO_ENDINGS:
         raise ValueError(f"expected an output name for a bitstream, such as a.lmp, got {args.output}")
     pairs = pair_up(args.inputs, args.output, takes=PHOTO_ENDINGS, gives=".lmp")
+    _tell_of(overlooked(args.inputs, PHOTO_ENDINGS, images=True))
     with closing(_codec(args)) as codec:
 
         def work(data: bytes) -> tuple[bytes, str]:
@@ -175,7 +180,7 @@ def _compress(args: argparse.Namespace) -> int:
 
 def _decompress(args: argparse.Namespace) -> int:
     formats = {f".{output.name.lower()}": output for output in OutputFormat} | {".jpg": OutputFormat.JPEG}
-    alone = len(sources(args.inputs, takes=(".lmp",))) == 1 and not is_folder(args.inputs[0])
+    alone = len(sources(args.inputs, takes=STREAM_ENDINGS)) == 1 and not is_folder(args.inputs[0])
     named = Path(args.output).suffix.lower() if args.output and alone and names_a_file(args.output) else ""
     chosen = f".{args.format}" if args.format else named or ".png"
     if chosen not in formats:
@@ -185,7 +190,8 @@ def _decompress(args: argparse.Namespace) -> int:
         raise ValueError(f"expected an output name that goes with --format {args.format}, got {args.output}")
     if args.quality is not None and output.default_quality is None:
         raise ValueError(f"expected --quality only with a lossy format, got it with {output.name}")
-    pairs = pair_up(args.inputs, args.output, takes=(".lmp",), gives=chosen)
+    pairs = pair_up(args.inputs, args.output, takes=STREAM_ENDINGS, gives=chosen)
+    _tell_of(overlooked(args.inputs, STREAM_ENDINGS))
     with closing(_codec(args)) as codec:
 
         def work(data: bytes) -> tuple[bytes, str]:
@@ -198,8 +204,9 @@ def _decompress(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     from service.inspection import describe
 
-    failed, store = 0, Settings().store
-    for source in sources(args.inputs, takes=(".lmp",)):
+    failed, store, found = 0, Settings().store, sources(args.inputs, takes=STREAM_ENDINGS)
+    _tell_of(overlooked(args.inputs, STREAM_ENDINGS))
+    for source in found:
         name = str(source or "standard input")
         try:
             facts = describe(_read(source), store)
@@ -222,7 +229,9 @@ def _compare(args: argparse.Namespace) -> int:
     original, stream = args.photo.read_bytes(), args.bitstream.read_bytes()
     with closing(_codec(args)) as codec:
         restored = codec.decompress(stream).image
-    for label, value in compare(original, stream, restored, Settings().max_pixels).items():
+    # A server's client needs no setting of the service, one of which may be amiss here.
+    most = Settings.model_fields["max_pixels"].default if args.url is not None else Settings().max_pixels
+    for label, value in compare(original, stream, restored, most).items():
         print(f"{label:34} {value}")
     return 0
 
@@ -242,13 +251,18 @@ def _variants(_: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     import torch
 
-    from service.store import ModelStore
+    from service.store import ModelStore, StoreError
 
-    store = ModelStore(args.store or Settings().store)
+    store, failed = ModelStore(args.store or Settings().store), 0
     for entry in store.index.models:
-        store.load(entry, torch.device("cpu"))
-        print(f"{entry.name}: {entry.sha256} {entry.file}, known answer {entry.known_answer[:16]}...: good")
-    return 0
+        try:
+            store.load(entry, torch.device("cpu"))
+        except StoreError as error:
+            failed += 1
+            print(f"limpid: {error}", file=sys.stderr)
+        else:
+            print(f"{entry.name}: {entry.sha256} {entry.file}, known answer {entry.known_answer[:16]}...: good")
+    return 1 if failed else 0
 
 
 def _add(args: argparse.Namespace) -> int:
@@ -272,19 +286,6 @@ def _default(args: argparse.Namespace) -> int:
     store.set_default(args.name)
     print(f"{args.name}: the default of {store.folder}; a running service takes it up on SIGHUP")
     return 0
-
-
-def positive(kind: type[Number], most: float = math.inf) -> Callable[[str], Number]:
-    """For argparse: reads a finite int or float above zero and up to `most`."""
-
-    def number(text: str) -> Number:
-        value = kind(text)
-        if not 0 < value <= most or math.isinf(value):
-            raise ValueError
-        return value
-
-    number.__name__ = f"positive {'whole number' if kind is int else 'number'}"  # argparse says it of what is none
-    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -356,6 +357,14 @@ def _variable(place: tuple[int | str, ...]) -> str:
     return f"LIMPID_{place[0]}".upper() if place else "LIMPID_*"
 
 
+def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
+    """The names of files may be any bytes, which go out as they are, or letters that a terminal lacks."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
@@ -367,7 +376,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.output_is_closed = closed
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # the names of files may be any bytes
+        codecs.register_error("limpid", _shown)
+        sys.stdout.reconfigure(errors="limpid")
     try:
         status = int(args.run(args))
         sys.stdout.flush()
@@ -380,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ERRORS as error:
-        print(f"limpid: {error}", file=sys.stderr)
+        print(f"limpid: {_words(error, None)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -125,6 +125,9 @@ class Client:
 
     def give_up(self) -> None:
         """From another thread: ends the calls under way; nothing that failed is tried again from now on."""
+        with self._starting:
+            if self._loop is None:
+                self._async.give_up()
         if self._loop and self._is_running():
             asyncio.run_coroutine_threadsafe(self._end_calls(), self._loop)
 
@@ -223,7 +226,15 @@ class AsyncClient:
     ) -> None:
         self.policy = policy or Policy()
         self._given_up = asyncio.Event()
-        self._http = httpx.AsyncClient(base_url=base_url(url), headers=key_header(api_key), transport=transport)
+        base = base_url(url)
+        headers = key_header(api_key, base)
+        try:
+            self._http = httpx.AsyncClient(base_url=base, headers=headers, transport=transport)
+        except (ImportError, OSError, httpx.InvalidURL) as error:
+            raise ValueError(
+                f"expected proxies and certificates that httpx can use, of HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, "
+                f"SSL_CERT_FILE and SSL_CERT_DIR: {error}"
+            ) from error
 
     async def __aenter__(self) -> AsyncClient:
         return self

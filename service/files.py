@@ -6,6 +6,7 @@ import glob
 import mimetypes
 import os
 import secrets
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -40,6 +41,8 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = True, modified: in
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, new)
         if modified is not None:
             os.utime(new, ns=(modified, modified))
         if not overwrite:
@@ -144,15 +147,21 @@ def is_folder(name: str) -> bool:
     return bool(name) and os.path.isdir(name)
 
 
-def overlooked(inputs: Sequence[str], takes: Iterable[str]) -> list[Path]:
-    """What of the folders among `inputs` is not picked: images, by their names, of other endings; linked folders."""
+def overlooked(inputs: Sequence[str], takes: Iterable[str], images: bool = False) -> list[tuple[Path, str]]:
+    """What of the folders among `inputs` is not picked, and why: linked folders, folders with nothing to pick in them,
+    and with `images` those of other endings, by their names."""
     endings = frozenset(takes)
-    left_out: list[Path] = []
+    listed = ", ".join(sorted(endings))
+    left_out: list[tuple[Path, str]] = []
     for text in filter(is_folder, inputs):
+        if not _found(text, endings):
+            left_out.append((Path(text), f"it holds no {listed}"))
         for folder, folders, files in os.walk(text):
             others = (Path(folder, name) for name in files if Path(name).suffix.lower() not in endings)
-            left_out += [one for one in others if (mimetypes.guess_type(one.name)[0] or "").startswith("image/")]
-            left_out += [one for name in folders if os.path.islink(one := Path(folder, name))]
+            pictures = [one for one in others if (mimetypes.guess_type(one.name)[0] or "").startswith("image/")]
+            left_out += [(one, f"of a folder only {listed} are taken") for one in pictures if images]
+            links = [one for name in folders if os.path.islink(one := Path(folder, name))]
+            left_out += [(one, "is a linked folder") for one in links]
     return sorted(left_out)
 
 
@@ -162,12 +171,13 @@ def _find(inputs: Sequence[str], takes: Iterable[str]) -> list[tuple[Path | None
             raise ValueError("expected - for standard input alone, got it among files")
         return [(None, Path())]
     endings = frozenset(takes)
-    found: list[tuple[Path | None, Path]] = list(
-        dict.fromkeys(pair for text in inputs for pair in _found(text, endings))
-    )
-    if not found:
+    each = {text: _found(text, endings) for text in inputs}
+    if not any(each.values()):
         raise ValueError(f"found no {', '.join(sorted(endings))} in {', '.join(inputs)}")
-    return found
+    for text, found in each.items():
+        if not found and not is_folder(text):  # a pattern that nothing fits: no such file, as reading it says
+            found.append((Path(text), Path(Path(text).name)))
+    return list(dict.fromkeys(pair for found in each.values() for pair in found))
 
 
 def _found(text: str, takes: frozenset[str]) -> list[tuple[Path, Path]]:
@@ -184,7 +194,7 @@ def _found(text: str, takes: frozenset[str]) -> list[tuple[Path, Path]]:
         files = (one for one in below if one.suffix.lower() in takes)
         found = [one for one in files if os.path.isfile(one) or not os.path.exists(one)]  # pipes are passed over
         found += [Path(error.filename) for error in unread]
-        return [(one, one.relative_to(path)) for one in sorted(found)]
+        return [(one, one.relative_to(path) if one != path else Path(path.resolve().name)) for one in sorted(found)]
     if not os.path.exists(text) and glob.has_magic(text):
         return [(Path(one), Path(Path(one).name)) for one in sorted(glob.glob(text, recursive=True))
                 if Path(one).is_file()]  # fmt: skip

@@ -20,12 +20,13 @@ def describe(data: bytes, store: Path) -> dict[str, str | int | float]:
     stream = Bitstream.from_bytes(data)
     try:
         names = {entry.model_id: entry.name for entry in ModelStore(store).index.models}
+        unknown = "not in this store"
     except StoreError:
-        names = {}
+        names, unknown = {}, "no store to look it up in"
     found = ", ".join(f"{one.kind.label} {one.strength:.2f}" for one in stream.degradations)
     return {
         "format_version": VERSION,
-        "model": names.get(stream.model_id, "not in this store"),
+        "model": names.get(stream.model_id, unknown),
         "model_id": stream.model_id.hex(),
         "rate_point": stream.rate,
         "width": stream.width,

@@ -268,6 +268,22 @@ def test_a_servers_client_needs_no_setting_of_the_service(monkeypatch: pytest.Mo
     monkeypatch.setenv("LIMPID_PORT", "tcp://10.0.0.1:80")
     assert main(["compress", "missing.png", "--url", "http://127.0.0.1:9"]) == 1
     assert capsys.readouterr().err == "limpid: missing.png: No such file or directory\n"
+    assert main(["compare", "missing.png", "missing.lmp", "--url", "http://127.0.0.1:9"]) == 1
+    assert capsys.readouterr().err == "limpid: missing.png: No such file or directory\n"
+
+
+def test_names_that_a_terminal_cannot_show_are_no_failures(tmp_path: Path) -> None:
+    default = ModelStore(DEFAULT_STORE).index.default
+    names = ("日本.lmp", "z\udcff.lmp")
+    for name in names:
+        (tmp_path / name).write_bytes((DATA / f"golden/{default}-bikes-4.lmp").read_bytes())
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        [*LIMPID, "info", *names], cwd=tmp_path, env={**env, "PYTHONPATH": os.getcwd()}, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(rb"\u65e5\u672c.lmp")
+    assert b"z\xff.lmp" in done.stdout
 
 
 def test_store_commands_verify_add_and_choose(tmp_path: Path, capsys: Lines) -> None:
@@ -283,8 +299,14 @@ def test_store_commands_verify_add_and_choose(tmp_path: Path, capsys: Lines) -> 
     assert main(["store", "verify", "--store", str(tmp_path / "small")]) == 0
     assert capsys.readouterr().out.count(": good") == 1
     (tmp_path / "store" / "edge-next.safetensors").write_bytes(b"")
+    default = ModelStore(tmp_path / "store").index.models[0].name
     assert main(["store", "verify", *here]) == 1
-    assert "edge-next" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "edge-next" in said.err
+    assert f"{default}: " in said.out
+    (tmp_path / "store" / f"{default}.safetensors").write_bytes(b"")  # the others are looked at all the same
+    assert main(["store", "verify", *here]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_variants_lists_the_store(monkeypatch: pytest.MonkeyPatch, capsys: Lines) -> None:

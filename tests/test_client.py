@@ -382,9 +382,56 @@ def test_a_name_is_no_upload() -> None:
 
 
 def test_retry_after_is_read_as_seconds_or_date() -> None:
-    assert retry_after("3") == 3
-    assert 8 < retry_after(formatdate(time.time() + 10, usegmt=True)) <= 10
-    assert retry_after(None) == retry_after("soon") == retry_after("²") == retry_after(formatdate(0)) == 0
+    def asked(value: str, **headers: str) -> float:
+        return retry_after({"retry-after": value, **headers})
+
+    assert asked("3") == 3
+    assert 8 < asked(formatdate(time.time() + 10, usegmt=True)) <= 10
+    assert asked(formatdate(70, usegmt=True), date=formatdate(60, usegmt=True)) == 10  # whatever the clock here says
+    assert retry_after({}) == asked("soon") == asked("²") == asked(formatdate(0)) == 0
+    assert asked("9" * 400) == asked(formatdate(time.time() + 10**8)) == 86_400
+
+
+def test_no_attempt_begins_so_late_that_its_end_would_hide_the_last_answer() -> None:
+    times = iter([0.0, 8.9, 9.1])  # its start, and the ends of two attempts
+    call = Call("GET", "/", Policy(deadline=10, backoff=0), clock=lambda: next(times))
+    assert call.pause_after(problem(503, "not-ready")) == 0
+    assert call.pause_after(problem(503, "not-ready")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "socks5://127.0.0.1:1"), ("HTTP_PROXY", "foo:bar"), ("SSL_CERT_FILE", "/missing.pem")],
+)
+def test_an_environment_that_cannot_be_used_is_told(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="expected proxies and certificates"):
+        AsyncClient("https://limpid")
+
+
+def test_a_key_goes_beside_a_password_for_a_proxy() -> None:
+    seen: list[httpx.Headers] = []
+
+    async def work() -> None:
+        def answer(request: httpx.Request) -> httpx.Response:
+            seen.append(request.headers)
+            return httpx.Response(200, json={"models": []})
+
+        for url in ("http://me:pw@limpid", "http://limpid"):
+            async with AsyncClient(url, "sesame", transport=httpx.MockTransport(answer)) as limpid:
+                await limpid.variants()
+
+    asyncio.run(work())
+    assert seen[0]["authorization"].startswith("Basic ")
+    assert seen[0]["x-api-key"] == "sesame"
+    assert seen[1]["authorization"] == "Bearer sesame"
+
+
+def test_a_client_that_was_given_up_before_its_first_call_makes_none() -> None:
+    with Client("http://127.0.0.1:9") as limpid:
+        limpid.give_up()
+        with pytest.raises(ServiceUnavailable, match="given up"):
+            limpid.variants()
 
 
 def test_an_answer_that_is_not_ours_is_said_to_be(tmp_path: Path) -> None:

@@ -54,21 +54,35 @@ def test_files_of_one_stem_keep_their_endings(here: Path) -> None:
 def test_images_of_other_formats_are_told_not_other_files(here: Path) -> None:
     (here / "deep" / "d.gif").touch()
     (here / "linked").symlink_to(here / "deep")
-    assert overlooked([".", "a.jpg"], (".jpg", ".png")) == [Path("deep/d.gif"), Path("linked")]
+    (here / "nothing").mkdir()
+    seen = overlooked([".", "a.jpg", "nothing"], (".jpg", ".png"), images=True)
+    assert [(str(path), why) for path, why in seen] == [
+        ("deep/d.gif", "of a folder only .jpg, .png are taken"),
+        ("linked", "is a linked folder"),
+        ("nothing", "it holds no .jpg, .png"),
+    ]
+    assert [str(path) for path, _ in overlooked(["."], (".lmp",))] == ["linked"]
 
 
 @pytest.mark.usefixtures("here")
-def test_what_cannot_be_looked_at_stands_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pattern_that_nothing_fits_is_a_file_that_is_not_there() -> None:
+    """Reading it says so, and the others are read."""
+    assert [source for source, _ in pairs("a.jpg", "typo*.jpg")] == ["a.jpg", "typo*.jpg"]
+
+
+def test_what_cannot_be_looked_at_stands_for_itself(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading it names the error, and the others are read."""
-    look = os.scandir
+    look, closed = os.scandir, "./deep"
 
     def scandir(path: str) -> object:
-        if str(path).endswith("deep"):
+        if str(path) == closed:
             raise PermissionError(13, "Permission denied", path)
         return look(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
     assert [source for source, _ in pairs(".", output="out")] == ["a.jpg", "b.PNG", "deep"]
+    closed = "."
+    assert [target for _, target in pairs(".", "a.jpg", output=".")] == [f"{here.name}.lmp", "a.lmp"]
     assert pairs("a.jpg", f"{'n' * 300}.jpg")[1][0] == f"{'n' * 300}.jpg"
 
 
@@ -109,6 +123,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         write_whole(path, b"third")
     assert path.read_bytes() == b"first"
     assert [one.name for one in tmp_path.iterdir()] == ["a.lmp"]
+
+
+def test_a_file_that_is_overwritten_stays_as_private_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.lmp"
+    path.touch(0o600)
+    write_whole(path, b"new")
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_any_name_that_the_file_system_takes_can_be_written(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
@@ -95,6 +96,59 @@ def test_a_password_of_a_camera_is_not_logged(caplog: pytest.LogCaptureFixture) 
         asyncio.run(first())
     assert "it answers 401" in caplog.text
     assert "hunter2" not in caplog.text
+
+
+def test_a_camera_is_asked_again_after_whatever_it_answered(caplog: pytest.LogCaptureFixture) -> None:
+    answers = iter([(401, "text/plain", b"no"), (200, "text/html", b"log in"), (200, "image/jpeg", b"")])
+
+    class Camera(Quiet):
+        def do_GET(self) -> None:
+            status, kind, body = next(answers, (200, "image/jpeg", b"photo"))
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    async def first() -> bytes:
+        async with asyncio.timeout(30):
+            return await anext(camera_frames(url, 1))
+
+    with answering(Camera) as url:
+        assert asyncio.run(first()) == b"photo"
+    said = [line.getMessage() for line in caplog.records]
+    assert [words in line for words, line in zip(("401", "got text/html", "empty"), said, strict=True)] == [True] * 3
+
+
+def test_a_stream_may_be_silent_where_an_answer_may_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A camera that films on motion only has nothing to send for long."""
+    monkeypatch.setattr("deploy.camera.PATIENCE", 0.2)
+    asked = 0
+
+    class Camera(Quiet):
+        def do_GET(self) -> None:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                time.sleep(0.6)
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+            self.end_headers()
+            for part in (b"one", b"two"):
+                self.wfile.write(b"--frame\r\nContent-Length: 3\r\n\r\n" + part)
+                time.sleep(0.6)
+
+    async def film() -> list[bytes]:
+        frames = camera_frames(url, None)
+        async with asyncio.timeout(30):
+            return [await anext(frames), await anext(frames)]
+
+    with answering(Camera) as url:
+        assert asyncio.run(film()) == [b"one", b"two"]
+    assert asked == 2
+    assert [line.getMessage() for line in caplog.records] == ["camera: TimeoutError: it is silent"]
 
 
 def test_a_snapshot_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,6 +337,7 @@ def test_frames_that_are_done_cost_little_at_each_look(tmp_path: Path, monkeypat
         async with service.client() as limpid:
             gateway = Gateway(limpid, tmp_path, out, {}, 4, False)
             await run_until(lambda: len(list(out.glob("*.lmp"))) == 20, gateway, 0.01)
+            await asyncio.to_thread(gateway.waiting)
             looked_at: list[str] = []
 
             def none(name: str) -> list[Path]:
@@ -374,11 +375,12 @@ def test_what_the_service_does_not_offer_is_told_at_once(
     async def work() -> None:
         answer = httpx.MockTransport(lambda _: httpx.Response(200, json=offered))
         async with AsyncClient("http://x", transport=answer) as limpid:
-            await greet("http://x", limpid, {"effort": effort, "model": model})
+            await greet("http://me:hunter2@x", limpid, {"effort": effort, "model": model})
 
     caplog.set_level("INFO")
     asyncio.run(work())
     assert "serves edge-8" in caplog.text
+    assert "hunter2" not in caplog.text
     assert ("allows an effort of" in caplog.text) is ((effort or 0) > (most or 0))
     assert ("has no model edge-7" in caplog.text) is (model == "edge-7")
 
@@ -432,6 +434,79 @@ def test_a_frame_whose_writer_pauses_is_not_lost(tmp_path: Path) -> None:
     asyncio.run(work())
     assert sent == [b"part", b"whole frame"]
     assert (out / "refused/a.jpg").read_bytes() == b"whole frame"
+
+
+def test_the_rest_of_a_part_that_was_refused_is_not_lost(tmp_path: Path) -> None:
+    """Where an upload stalls for longer than a frame has to be unchanged, its writer has it open still."""
+    service, out = Service(), tmp_path / "out"
+
+    async def work() -> None:
+        async with service.client() as limpid:
+            with (tmp_path / "a.jpg").open("wb", buffering=0) as upload:
+                upload.write(b"bad")
+                await run_until((out / "refused/a.jpg").exists, Gateway(limpid, tmp_path, out, {}, 1, True), 0.02)
+                assert not (tmp_path / "a.jpg").exists()
+                upload.write(b" and the rest")
+
+    asyncio.run(work())
+    assert (out / "refused/a.jpg").read_bytes() == b"bad and the rest"
+    assert (out / "refused/a.jpg.txt").read_text() == "corrupt-image: truncated\n"
+
+
+def test_what_is_no_frame_is_left_alone_at_a_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Though it has the name and the time of a result."""
+    out = tmp_path / "out"
+    (out / "refused").mkdir(parents=True)
+    sidecar, reason = tmp_path / "a.jpg.txt", out / "refused/a.jpg.txt"
+    for path in (sidecar, reason):
+        path.touch()
+        os.utime(path, ns=(10**18, 10**18))
+
+    async def work() -> None:
+        async with Service().client() as limpid:
+            Gateway(limpid, tmp_path, out, {}, 1, True)
+
+    reason.write_text("bad")
+    os.utime(reason, ns=(10**18, 10**18))
+    asyncio.run(work())
+    assert sidecar.exists()
+    assert caplog.records == []
+
+
+def test_a_service_that_asks_for_days_is_asked_again_sooner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.gateway.PAUSE", 0.01)
+    monkeypatch.setattr("deploy.gateway.MOST_ASKED", 0.02)
+    (tmp_path / "a.jpg").write_bytes(b"frame")
+    calls = 0
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        nonlocal calls
+        calls += 1
+        return httpx.Response(503, headers={"Retry-After": "86400"})
+
+    async def work() -> None:
+        async with AsyncClient("http://x", transport=httpx.MockTransport(answer)) as limpid:
+            gateway = Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False)
+            await run_until(lambda: calls >= 3, gateway, 0.01)
+
+    asyncio.run(work())
+
+
+def test_a_frame_that_may_not_be_read_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service, out = Service(), tmp_path / "out"
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(name.encode())
+    monkeypatch.setattr("os.access", lambda path, mode: path.name != "a.jpg")
+
+    async def work() -> None:
+        async with service.client() as limpid:
+            await run_until((out / "b.jpg.lmp").exists, Gateway(limpid, tmp_path, out, {}, 1, False), 0.02)
+
+    asyncio.run(work())
+    assert service.sent == [b"b"]
+    assert [line.getMessage() for line in caplog.records] == ["a.jpg: it may not be read; it is left alone for now"]
 
 
 def test_a_frame_that_is_rewritten_while_its_result_is_written_is_sent_too(
