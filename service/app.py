@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -17,14 +18,13 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi_offline import FastAPIOffline
-from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.batching import Batcher, DeviceBroken, Events, Limits
 from service.codec.bitstream import Bitstream, DegradationKind
-from service.codec.config import MOST_EFFORT
+from service.codec.config import MOST_EFFORT, RATE_POINTS
 from service.codec.refine import trust
 from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, StageTimes
@@ -54,6 +54,8 @@ def _start_series(service: Service) -> None:
     metrics = service.metrics
     metrics.ready.set_function(lambda: service.accepts)
     metrics.admission_limit.set(service.settings.max_queue_items)
+    metrics.bytes_in_progress.set_function(lambda: service.body_bytes)
+    metrics.byte_limit.set(service.settings.max_queue_bytes)
     for problem in KINDS:
         metrics.rejected.labels(problem.slug)
     for label in (*(kind.label for kind in DegradationKind), UNKNOWN):
@@ -84,6 +86,8 @@ def _start_models(service: Service, engine: Engine, names: Iterable[str]) -> Non
         for operation in STAGES:
             for series in (metrics.pixels, metrics.bitstream_bytes, metrics.image_bytes, metrics.batch_size):
                 series.labels(operation, name)
+    for rate in range(1, RATE_POINTS + 1):
+        metrics.bits_per_pixel.labels(engine.default.entry.name, str(rate))
 
 
 async def _bring_up(service: Service) -> None:
@@ -102,6 +106,7 @@ async def _bring_up(service: Service) -> None:
     _start_models(service, engine, engine.models)
     metrics.queue_items.set_function(lambda: batcher.waiting_items)
     metrics.queue_bytes.set_function(lambda: batcher.waiting_bytes)
+    metrics.queue_seconds.set_function(lambda: batcher.seconds_ahead)
     metrics.batches.set_function(lambda: batcher.running)
     fields = {"models": list(engine.models), "device": str(engine.device), "precision": engine.precision}
     log.info("ready", extra={"fields": fields})
@@ -145,11 +150,12 @@ async def reload_store(service: Service) -> None:
 class _Awaited(Watch):
     """Counts the steps of work, and ends what nobody waits for: its clients hung up, or their deadlines passed."""
 
-    def __init__(self, awaited: Callable[[], bool], steps: Counter) -> None:
-        self._awaited, self._steps = awaited, steps
+    def __init__(self, awaited: Callable[[], bool], service: Service) -> None:
+        self._awaited, self._service = awaited, service
 
     def step(self) -> None:
-        self._steps.inc()
+        self._service.metrics.device_steps.inc()
+        self._service.last_step = time.monotonic()
         if not self._awaited():
             raise RuntimeError("nobody waits for it any more")
 
@@ -166,7 +172,7 @@ def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
     threads = ThreadPoolExecutor(limits.in_flight, thread_name_prefix="engine")
 
     def run(items: Sequence[Work], awaited: Callable[[], bool]) -> Sequence[Product]:
-        times, watch = StageTimes(), _Awaited(awaited, metrics.device_steps)
+        times, watch = StageTimes(), _Awaited(awaited, service)
         try:
             if isinstance(items[0], EncodeJob):
                 streams = engine.encode([item for item in items if isinstance(item, EncodeJob)], times, watch)
@@ -180,6 +186,7 @@ def _batcher(engine: Engine, service: Service) -> Batcher[Work, Product]:
         return await asyncio.get_running_loop().run_in_executor(threads, run, items, awaited)
 
     def launched(key: Hashable, items: int) -> None:
+        service.last_step = time.monotonic()
         operation, model, _ = cast(tuple[str, str, object], key)
         metrics.batch_size.labels(operation, model).observe(items)
 

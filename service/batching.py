@@ -178,18 +178,24 @@ class Batcher(Generic[Item, Result]):
             raise QueueFull(f"{self.waiting_items} requests wait already, the most that may", self.retry_after())
         if self.waiting_items and self.waiting_bytes + bytes > self._limits.queue_bytes:
             raise QueueFull(f"{self.waiting_bytes} bytes wait already, too many to add {bytes}", self.retry_after())
-        seconds = _MARGIN * (self._ahead() + self._needed(_work_of(pixels)))
+        seconds = _MARGIN * (self.seconds_ahead + self._needed(_work_of(pixels)))
         if self.waiting_items and self._clock() + seconds > deadline:
             raise QueueFull("what waits already leaves too little time before the deadline", self.retry_after(0.5))
 
     def retry_after(self, share: float = 1.0) -> int:
         """Whole seconds, 1 to 60, in which a share of what waits and runs now will have drained at the pace of late."""
-        return min(60, max(1, math.ceil(share * self._ahead())))
+        return min(60, max(1, math.ceil(share * self.seconds_ahead)))
 
     @property
     def running(self) -> int:
         """Batches that the runner has and has not given back."""
         return len(self._running)
+
+    @property
+    def seconds_ahead(self) -> float:
+        """In which all that waits or runs will be done at the pace of late, as if the latter had just begun."""
+        entries = itertools.chain(*self._buckets.values(), *self._running.values())
+        return self._needed(sum(entry.work for entry in entries)) / self._limits.in_flight
 
     # --- inside ---
 
@@ -269,11 +275,6 @@ class Batcher(Generic[Item, Result]):
     def _needed(self, work: int) -> float:
         """Seconds from launch to result for so many pixels, at the pace of late."""
         return work * self._seconds / self._work if self._work else 0.0
-
-    def _ahead(self) -> float:
-        """Seconds in which all that waits or runs will be done, as if the latter had just begun."""
-        entries = itertools.chain(*self._buckets.values(), *self._running.values())
-        return self._needed(sum(entry.work for entry in entries)) / self._limits.in_flight
 
     def _alive(self, entry: _Entry[Item, Result], needed: float = 0.0) -> bool:
         """Whether somebody waits for it who would have it in time, if it takes so many seconds."""

@@ -278,6 +278,7 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
 
     def leave() -> None:
         service.admitted -= 1
+        in_progress.dec()
         service.body_bytes -= call.expected
 
     try:
@@ -301,7 +302,6 @@ async def exchange(request: Request, service: Service, operation: str) -> AsyncI
             call.unfinished.add_done_callback(partial(_soon, asyncio.get_running_loop(), leave))
         else:
             leave()
-        in_progress.dec()
         call.observe_stages()
         if call.watcher:
             call.watcher.cancel()

@@ -109,11 +109,10 @@ def read_photo(data: bytes, max_pixels: int) -> Photo:
     try:
         image = Image.open(io.BytesIO(data), formats=INPUT_FORMATS)
     except UnidentifiedImageError as error:
-        if name := _begins_like(data):
+        if (name := _begins_like(data)) and not _is_heic(data):
             raise CorruptImage(f"the {name} file is damaged or cut short") from error
-        raise NotAnImage(
-            f"expected an image ({', '.join(INPUT_FORMATS)}), got {len(data)} bytes of something else"
-        ) from None
+        what = "a HEIC photo" if _is_heic(data) else f"{len(data)} bytes of something else"
+        raise NotAnImage(f"expected an image ({', '.join(INPUT_FORMATS)}), got {what}") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever their libraries do
@@ -147,6 +146,13 @@ def _begins_like(data: bytes) -> str | None:
     """The format whose signature the bytes bear, as Pillow's plugins know it; BMP's two letters say too little."""
     accepts = {name: Image.OPEN[name][1] for name in INPUT_FORMATS if name != "BMP"}
     return next((name for name, accept in accepts.items() if accept and accept(data[:16]) is True), None)
+
+
+def _is_heic(data: bytes) -> bool:
+    """Whether it is an iPhone's photo, a HEIF file (ISO 23008-12) of HEVC, by its brands."""
+    size = int.from_bytes(data[:4], "big")
+    brands = {data[8:12], *(data[start : start + 4] for start in range(16, min(size, 256), 4))}
+    return data[4:8] == b"ftyp" and not brands.isdisjoint({b"heic", b"heix", b"hevc", b"heim", b"heis"})
 
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:

@@ -72,6 +72,13 @@ class Metrics:
         )
         self.queue_items = gauge("queue_items", "Requests waiting for the device.")
         self.queue_bytes = gauge("queue_bytes", "Bytes of photos and bitstreams waiting for the device.")
+        self.queue_seconds = gauge(
+            "queue_seconds", "In which all that waits or runs will be done, at the pace of late."
+        )
+        self.bytes_in_progress = gauge(
+            "bytes_in_progress", "Of bodies, as announced or as they came, and of answers that are still being taken."
+        )
+        self.byte_limit = gauge("byte_limit", "Most bytes in progress, and waiting for the device; beyond it, 429.")
         self.batches = gauge("batches_in_progress", "Batches that the device has, also those nobody waits for.")
         self.admission_limit = gauge("admission_limit", "Most requests in progress at a time; beyond it, 429.")
         gauge("memory_limit_bytes", "Of the container, else of the machine.").set(memory_limit())

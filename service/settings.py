@@ -95,6 +95,8 @@ class Settings(BaseSettings):
         for origin in origins:
             if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
                 raise ValueError(f"expected origins such as https://example.com, without a path, or *; got {origin}")
+            if origin != origin.lower() or re.search(r"^(http:.*:80|https:.*:443)$", origin):
+                raise ValueError(f"expected origins as browsers say them: small letters, no usual port; got {origin}")
         return origins
 
 

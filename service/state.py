@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -15,6 +16,9 @@ from service.errors import DRAINING, NOT_READY, Problem
 from service.metrics import Metrics
 from service.settings import Settings
 from service.tracing import StageSpan, no_span
+
+STALLED_S = 600.0
+"""Seconds without a step after which a device that has work hangs: the longest steps take a few."""
 
 Work = EncodeJob | Bitstream
 Product = tuple[Bitstream | Photo, StageTimes]
@@ -39,6 +43,7 @@ class Service:
         admitted: requests between their admission and their answer.
         body_bytes: of their bodies, as announced, or as they have come where nothing was, and of the answers that
             clients have yet to take.
+        last_step: when the device last got work or made a step of it, on the monotonic clock.
         draining: set by SIGTERM; nothing more is admitted.
         reload_asked: by a SIGHUP while the models load.
     """
@@ -50,6 +55,7 @@ class Service:
     failure: str | None = None
     admitted: int = 0
     body_bytes: int = 0
+    last_step: float = 0.0
     draining: bool = False
     reload_asked: bool = False
 
@@ -62,6 +68,8 @@ class Service:
         """Why a restart is needed, if one is."""
         if self.ready and self.ready.batcher.broken:
             return f"the device failed: {self.ready.batcher.broken}"
+        if self.ready and self.ready.batcher.running and time.monotonic() - self.last_step > STALLED_S:
+            return f"the device hangs: it has work, and has made no step for {STALLED_S:g} seconds"
         return self.failure
 
     def require(self) -> Ready:

@@ -171,6 +171,13 @@ def test_text_and_unsupported_formats_are_not_images(parrots: Photo) -> None:
             read_photo(data, LIMIT)
 
 
+@pytest.mark.parametrize("brands", [b"heic\0\0\0\0mif1", b"mif1\0\0\0\0mif1heix"])
+def test_an_iphones_photo_is_named(brands: bytes) -> None:
+    data = struct.pack(">I", 8 + len(brands)) + b"ftyp" + brands + bytes(1000)
+    with pytest.raises(NotAnImage, match="got a HEIC photo"):
+        read_photo(data, LIMIT)
+
+
 def png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 

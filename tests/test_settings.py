@@ -32,3 +32,10 @@ def test_keys_and_origins_are_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings()
     assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
     assert settings.cors_origins == ["https://example.org", "http://localhost:3000", "*", "null"]
+
+
+@pytest.mark.parametrize("origin", ["https://Example.org", "https://example.org:443", "http://example.org:80"])
+def test_an_origin_that_no_browser_says_so_is_refused(monkeypatch: pytest.MonkeyPatch, origin: str) -> None:
+    monkeypatch.setenv("LIMPID_CORS_ORIGINS", origin)
+    with pytest.raises(ValidationError, match="as browsers say them"):
+        Settings()

@@ -15,7 +15,7 @@ from grafana_foundation_sdk.models import common as common_models
 from grafana_foundation_sdk.models import dashboard as dashboard_models
 
 OUTPUT = Path(__file__).with_name("limpid.json")
-WHERE = 'job=~"$job", instance=~"$instance"'
+WHERE = 'namespace=~"$namespace", job=~"$job", instance=~"$instance"'
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ def gauge(series: str) -> str:
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Traffic": (
         Panel("Requests", "Answers per second by operation and status; 499 is a client that hung up.", "reqps",
-              ((f"sum by (operation, status) ({rate('http_requests_total')})", "{{operation}} {{status}}"),), True),
+              ((f"sum by (operation, status) ({rate('http_requests_total')}) > 0", "{{operation}} {{status}}"),), True),
         Panel("Rejections", "Refused requests by problem type. queue-full asks for more replicas.", "reqps",
-              ((f"sum by (reason) ({rate('rejected_total')})", "{{reason}}"),), True),
+              ((f"sum by (reason) ({rate('rejected_total')}) > 0", "{{reason}}"),), True),
         Panel("Clients that hung up", "By the phase that they left in.", "reqps",
               ((f"sum by (phase) ({rate('client_disconnects_total')})", "{{phase}}"),)),
         Panel("Pixels", "Photo pixels per second: compare with the sizing table.", "none",
@@ -71,7 +71,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
               ((gauge("queue_items"), "waiting {{instance}}"),
                (f"sum by (instance) ({gauge('requests_in_progress')})", "in progress {{instance}}"),
                (gauge("admission_limit"), "limit {{instance}}"))),
-        Panel("Queue bytes", "Photos and bitstreams that wait.", "bytes", ((gauge("queue_bytes"), "{{instance}}"),)),
+        Panel("Seconds ahead", "In which all that waits or runs will be done; 429 where a request has less.", "s",
+              ((gauge("queue_seconds"), "{{instance}}"),)),
+        Panel("Bytes", "Of photos and bitstreams that wait, of bodies and answers in progress, and the most of either.",
+              "bytes", ((gauge("queue_bytes"), "waiting {{instance}}"),
+                        (gauge("bytes_in_progress"), "in progress {{instance}}"),
+                        (gauge("byte_limit"), "limit {{instance}}"))),
         Panel("Device", "Steps per second, and batches that the device has: some and no step is a device that hangs.",
               "none", ((f"sum by (instance) ({rate('device_steps_total')})", "steps {{instance}}"),
                        (gauge("batches_in_progress"), "batches {{instance}}"))),
@@ -101,8 +106,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
               "bytes", ((f'{gauge("gpu_memory_bytes")} or on (instance) '
                          f'label_replace(process_resident_memory_bytes{{{WHERE}}}, "device", "cpu", "", "")',
                          "{{instance}} {{device}} {{kind}}"),)),
-        Panel("Reloads of the store", "On SIGHUP; one that failed leaves the models as they were.", "none",
-              ((f"sum by (instance, outcome) ({rate('store_reloads_total')})", "{{instance}} {{outcome}}"),)),
+        Panel("Reloads of the store", "On SIGHUP, in the time shown; one that failed leaves the models as they were.",
+              "none", ((f"sum by (instance, outcome) (increase(limpid_store_reloads_total{{{WHERE}}}[$__range]))",
+                        "{{instance}} {{outcome}}"),)),
         Panel("Models", "On each instance.", "none",
               ((f"sum by (model, device) ({gauge('model_loaded')})", "{{model}} on {{device}}"),)),
     ),
@@ -156,13 +162,15 @@ def build() -> str:
         .time("now-1h", "now")
         .tooltip(dashboard_models.DashboardCursorSync.CROSSHAIR)
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
-        .with_variable(_variable("job", "Job", "label_values(limpid_ready, job)", source))
+        .with_variable(_variable("namespace", "Namespace", "label_values(limpid_ready, namespace)", source))
+        .with_variable(_variable("job", "Job", 'label_values(limpid_ready{namespace=~"$namespace"}, job)', source))
         .with_variable(_variable("instance", "Instance", 'label_values(limpid_ready{job=~"$job"}, instance)', source))
     )
     for title, panels in ROWS.items():
         built = built.with_row(dashboard.Row(title))
+        width = 24 // min(4, len(panels))
         for panel in panels:
-            built = built.with_panel(_panel(panel, source, 24 // len(panels)))
+            built = built.with_panel(_panel(panel, source, width))
     return JSONEncoder(sort_keys=True, indent=2).encode(built.build()) + "\n"
 
 

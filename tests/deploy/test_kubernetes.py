@@ -138,7 +138,13 @@ def test_the_ray_service_names_what_exists() -> None:
     assert (ROOT / f"{module.replace('.', '/')}.py").exists()
     cluster = service["spec"]["rayClusterConfig"]
     templates = [cluster["headGroupSpec"]["template"], *(g["template"] for g in cluster["workerGroupSpecs"])]
+    policy = load(ROOT / "deploy" / "ray" / "networkpolicy.yaml")
+    kubernetes_validate.validate(policy, VERSIONS[-1], strict=True)
+    rules = [(port["port"], rule["from"]) for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])]
+    (operators,) = [who for port, who in rules if port == 8265]
+    assert [one["podSelector"]["matchLabels"] for one in operators] == [{"app.kubernetes.io/name": "kuberay-operator"}]
     for template in templates:
+        assert template["metadata"]["labels"] == policy["spec"]["podSelector"]["matchLabels"]
         assert template["spec"]["enableServiceLinks"] is False
         assert template["spec"]["securityContext"]["runAsNonRoot"] is True
         (container,) = template["spec"]["containers"]

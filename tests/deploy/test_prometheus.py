@@ -120,7 +120,8 @@ def test_no_query_of_the_dashboard_comes_back_empty(prometheus: str) -> None:
     queries = [(panel["title"], target["expr"]) for panel in panels for target in panel["targets"]]
     assert len(queries) > 20
     for title, query in queries:
-        resolved = re.sub(r"\$(job|instance)", ".*", query).replace("$__rate_interval", "10s")
+        resolved = re.sub(r"\$(namespace|job|instance)", ".*", query)
+        resolved = re.sub(r"\$__(rate_interval|range)", "10s", resolved)
         assert "$" not in resolved
         rows = ask(prometheus, resolved)
         assert rows, f"{title}: {query}"

@@ -18,7 +18,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import _batcher, _load, create_app
-from service.batching import _LEAST_PIXELS, DeviceBroken, Limits
+from service.batching import _LEAST_PIXELS, Batcher, DeviceBroken, Limits
 from service.codec.bitstream import Bitstream, Degradation, DegradationKind
 from service.codec.shipped import Watch
 from service.engine import DeviceFailure, EncodeJob, Engine, Photo, StageTimes
@@ -205,6 +205,29 @@ def test_a_failed_device_turns_the_service_unready_for_good(
         assert "illegal memory access" in health.json()["detail"]
 
 
+def test_a_device_that_hangs_is_restarted(own: TestClient, monkeypatch: pytest.MonkeyPatch, bikes: Photo) -> None:
+    """It has work, and makes no step of it."""
+    monkeypatch.setattr("service.state.STALLED_S", 1.0)
+    encode, begun, go = Engine.encode, Event(), Event()
+
+    def hanging(self: Engine, jobs: Sequence[EncodeJob], times: StageTimes, watch: Watch) -> list[Bitstream]:
+        begun.set()
+        assert go.wait(60)
+        return encode(self, jobs, times, watch)
+
+    assert own.get("/livez").status_code == 200  # though it has been idle for longer
+    monkeypatch.setattr(Engine, "encode", hanging)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(own.post, "/compress", content=image_bytes(bikes))
+        assert begun.wait(60)
+        assert own.get("/livez").status_code == 200
+        until(lambda: own.get("/livez").status_code == 503)
+        assert "has made no step for 1 seconds" in own.get("/readyz").json()["detail"]
+        go.set()
+        assert answer.result().status_code == 200
+    assert own.get("/livez").status_code == 200
+
+
 def test_a_budget_takes_few_encodings(own: TestClient, monkeypatch: pytest.MonkeyPatch, bikes: Photo) -> None:
     passes = []
     encode = Engine.encode
@@ -291,7 +314,7 @@ def test_who_would_come_too_late_is_refused_before_the_photo_is_read(
     assert service
     with monkeypatch.context() as patch:
         patch.setattr(service.batcher, "waiting_items", 1)
-        patch.setattr(service.batcher, "_ahead", lambda: 40.0)
+        patch.setattr(Batcher, "seconds_ahead", 40.0)
         answer = own.post("/compress", content=image_bytes(bikes), headers={"Limpid-Timeout": "49"})
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "20")
     assert "too little time" in answer.json()["detail"]
@@ -306,6 +329,9 @@ def test_bodies_are_admitted_up_to_the_bytes_of_the_queue(own: TestClient, bikes
     answer = own.post("/compress", content=data)
     assert answer.status_code == 429
     assert int(answer.headers["retry-after"]) >= 1
+    series = dict(line.split() for line in own.get("/metrics").text.splitlines() if "{" not in line and "#" not in line)
+    assert float(series["limpid_bytes_in_progress"]) == service.body_bytes
+    assert float(series["limpid_byte_limit"]) == service.settings.max_queue_bytes
     assert 'limpid_http_request_duration_seconds_count{operation="compress"} 0.0' in own.get("/metrics").text
     service.body_bytes = 0
     assert own.post("/compress", content=data).status_code == 200
@@ -344,6 +370,7 @@ def test_image_work_that_outlives_its_request_keeps_its_place(
         assert [call.result().status_code for call in calls] == [504] * (threads + 1)
     assert begun.qsize() == threads
     assert (service.admitted, service.body_bytes) == (threads, threads * len(data))
+    assert f'limpid_requests_in_progress{{operation="compress"}} {float(threads)}' in own.get("/metrics").text
     go.set()
     until(lambda: not service.admitted)
     assert service.body_bytes == 0
@@ -358,6 +385,7 @@ def test_every_failure_begins_its_series_at_zero(own: TestClient) -> None:
     assert 'limpid_http_request_duration_seconds_count{operation="compress"} 0.0' in series
     for name in ("pixels_total", "bitstream_bytes_total", "image_bytes_total", "batch_size_count"):
         assert re.search(rf'limpid_{name}{{model="edge-\d+",operation="compress"}} 0.0', series), name
+    assert len(re.findall(r'limpid_bits_per_pixel_count{model="edge-\d+",rate="[1-8]"} 0.0', series)) == 8
 
 
 def test_a_failed_device_is_not_ready_in_the_metrics_either(own: TestClient) -> None:
