@@ -220,12 +220,67 @@ def test_what_fails_leaves_no_facts_of_before(browser: playwright.Browser, base:
     page.close()
 
 
+def test_what_came_can_be_saved_whatever_becomes_of_the_rest(page: playwright.Page, bikes: Photo) -> None:
+    page.route("**/decompress", lambda route: route.fulfill(status=422, body="too late"))
+    upload(page, "camera.png", image_bytes(bikes))
+    playwright.expect(page.locator("#error")).to_have_text("too late")
+    playwright.expect(page.locator("#save-photo")).to_be_hidden()
+    name, data = saved(page, "#save-stream")
+    assert (name, Bitstream.from_bytes(data).width) == ("camera.lmp", bikes.shape[1])
+    page.unroute("**/decompress")
+    page.evaluate(
+        """() => { const shows = createImageBitmap, fails = () => Promise.reject(new Error("too large"));
+        window.createImageBitmap = one => one instanceof File ? shows(one) : fails(); }"""
+    )
+    page.focus("#rate")
+    page.keyboard.press("ArrowRight")
+    playwright.expect(page.locator("#status")).to_contain_text("cannot show the clean photo, but save it")
+    assert read_photo(saved(page, "#save-photo")[1], 10**6).shape == bikes.shape
+
+
+def test_who_waits_for_a_busy_service_is_told(page: playwright.Page, bikes: Photo) -> None:
+    refusals = iter([429, 429])
+
+    def answer(route: playwright.Route) -> None:
+        status = next(refusals, None)
+        if status is None:
+            route.continue_()
+        else:
+            route.fulfill(status=status, headers={"Retry-After": "1"}, body="busy")
+
+    page.route("**/compress*", answer)
+    upload(page, "camera.png", image_bytes(bikes))
+    playwright.expect(page.locator("#status")).to_have_text("The service is busy. Trying again in 1 s...")
+    done(page)
+    assert next(refusals, None) is None
+
+
+def test_a_photo_cannot_be_lost_from_its_frame(page: playwright.Page) -> None:
+    page.click("button[data-sample=noise]")
+    done(page)
+    page.focus("#viewer")
+    seen = [canvas_colour(page, x, y) for x, y in ((0.1, 0.1), (0.9, 0.9))]
+    for key in ["-"] * 20 + ["Shift+ArrowRight", "Shift+ArrowDown"] * 20:
+        page.keyboard.press(key)
+    assert [canvas_colour(page, x, y) for x, y in ((0.1, 0.1), (0.9, 0.9))] == seen
+    for key in ["+"] * 5 + ["Shift+ArrowRight", "Shift+ArrowDown"] * 80:
+        page.keyboard.press(key)
+    painted = page.evaluate(
+        """() => { const c = document.getElementById("canvas");
+        const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+        return d.filter((level, index) => index % 4 === 3 && level === 255).length / (c.width * c.height); }"""
+    )
+    assert painted == 1
+
+
 def test_a_bitstream_file_opens_directly(page: playwright.Page, bikes: Photo, base: str) -> None:
     data = httpx2.post(f"{base}/compress", content=image_bytes(bikes)).content
     upload(page, "from-elsewhere.lmp", data, "application/octet-stream")
     done(page)
     assert page.inner_text("#fact-stream") == f"{len(data)} bytes"
     assert saved(page, "#save-photo")[0] == "from-elsewhere-clean.png"
+    for control in ("#rate", "#worse input >> nth=0", "#strength"):  # it is as it was written
+        playwright.expect(page.locator(control)).to_be_disabled()
     upload(page, "cut.lmp", data[:50], "application/octet-stream")
     playwright.expect(page.locator("#error")).to_contain_text("orrupt bitstream")
     for gone in ("#downloads", "#facts", "#tag-after"):

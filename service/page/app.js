@@ -6,7 +6,7 @@ import { worsen } from "./worse.js";
 
 const $ = id => document.getElementById(id);
 const viewer = new Viewer($("viewer"), $("canvas"));
-let photo = null, name = "photo", again = null, running = null, links = [], bits = null, loading = null;
+let photo = null, name = "photo", again = null, running = null, links = [], bits = null, loading = null, offered = null;
 
 const key = () => $("key").value || kept() || "";
 const bytes = n => n < 1e4 ? `${n} bytes` : n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(2)} MB`;
@@ -22,12 +22,16 @@ function kept(...value) {
 
 function say(text) { $("status").textContent = text; }
 
-function complain(error) {
+// What one of two calls is about while it waits for a service without room, and again once it goes on.
+const waits = doing => seconds => say(seconds ? `The service is busy. Trying again in ${seconds} s...` : doing);
+
+function complain(error, signal) {
   if (error.name === "AbortError") return;
   const hint = error.status === 504 && Number($("effort").value) ? ". Less effort takes less time." : "";
   $("error").textContent = error instanceof Refused ? error.message + hint : `This browser cannot open it: ${error.message}`;
   $("error").hidden = false;
-  $("facts").hidden = $("downloads").hidden = true; // of what came before
+  $("facts").hidden = true; // of what came before
+  $("downloads").hidden = offered !== signal;
   say("");
   if (error.status === 401) {
     $("key-field").hidden = false;
@@ -65,17 +69,24 @@ async function run(job) {
   try {
     await job(signal);
   } catch (error) {
-    if (!signal.aborted) complain(error);
+    if (!signal.aborted) complain(error, signal);
   }
 }
 
-function finish(stream, restored) {
+// The bitstream can be had, whatever becomes of the rest of its job.
+function keep(stream, signal) {
   links.forEach(URL.revokeObjectURL);
   links = [];
+  offered = signal;
   offer("save-stream", stream, `${name}.lmp`);
-  offer("save-photo", restored, `${name}-clean.png`);
+  $("save-photo").hidden = true;
   $("downloads").hidden = false;
-  say("Done.");
+}
+
+function finish(restored, shown) {
+  offer("save-photo", restored, `${name}-clean.png`);
+  $("save-photo").hidden = false;
+  say(shown ? "Done." : "Done. This browser cannot show the clean photo, but save it.");
   if (!bits) foresee(); // it told nothing until now: it was loading when the page was opened, say
 }
 
@@ -86,43 +97,46 @@ const process = () => photo && run(async signal => {
   const before = await createImageBitmap(upload).catch(() => null); // a TIFF, say: the service can, the browser cannot
   if (signal.aborted) return void before?.close();
   if (before) showPictures(before, null);
-  say(effort ? "Compressing with effort..." : "Compressing...");
-  const packed = await compress(upload, rate, effort, key(), signal);
+  const doing = effort ? "Compressing with effort..." : "Compressing...";
+  say(doing);
+  const packed = await compress(upload, rate, effort, key(), signal, waits(doing));
+  keep(packed.stream, signal);
   say("Decompressing...");
-  const restored = await decompress(packed.stream, key(), signal);
-  const after = await createImageBitmap(restored.photo);
-  if (signal.aborted) return void after.close();
+  const restored = await decompress(packed.stream, key(), signal, waits("Decompressing..."));
+  const after = await createImageBitmap(restored.photo).catch(() => null);
+  if (signal.aborted) return void after?.close();
   showPictures(before, after);
   showFacts({
     upload: bytes(upload.size),
     stream: bytes(packed.stream.size),
     bpp: packed.bpp.toFixed(3),
-    ratio: `${(upload.size / packed.stream.size).toFixed(1)} times`,
+    ratio: upload.size < packed.stream.size ? "" : `${(upload.size / packed.stream.size).toFixed(1)} times`,
     found: packed.found,
     model: `${packed.model}, rate ${packed.rate}`,
     compress: packed.stages.join(", "),
     decompress: restored.stages.join(", "),
   });
-  finish(packed.stream, restored.photo);
+  finish(restored.photo, after);
 });
 
 const openStream = stream => run(async signal => {
   say("Decompressing...");
-  const restored = await decompress(stream, key(), signal);
-  const after = await createImageBitmap(restored.photo);
-  if (signal.aborted) return void after.close();
+  const restored = await decompress(stream, key(), signal, waits("Decompressing..."));
+  const after = await createImageBitmap(restored.photo).catch(() => null);
+  if (signal.aborted) return void after?.close();
+  keep(stream, signal);
   showPictures(null, after);
   showFacts({
     upload: "",
     stream: bytes(stream.size),
-    bpp: (8 * stream.size / (after.width * after.height)).toFixed(3),
+    bpp: after ? (8 * stream.size / (after.width * after.height)).toFixed(3) : "",
     ratio: "",
     found: restored.found,
     model: `${restored.model}, rate ${restored.rate}`,
     compress: "",
     decompress: restored.stages.join(", "),
   });
-  finish(stream, restored.photo);
+  finish(restored.photo, after);
 });
 
 // Something to show is on its way; a slider that is moved meanwhile waits for it.
@@ -145,6 +159,8 @@ const take = picked => picked && run(async signal => {
   const isStream = /\.lmp$/i.test(file.name ?? "") || file.type === "application/vnd.limpid";
   photo = isStream ? null : file;
   again = isStream ? () => openStream(file) : process;
+  for (const one of document.querySelectorAll("#rate, #effort, #worse input")) one.disabled = isStream; // as it is written
+  $("strength").disabled = isStream || document.querySelector("input[name=worse]:checked").value === "none";
   showPictures(null, null);
   $("facts").hidden = $("downloads").hidden = true;
   again();

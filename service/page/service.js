@@ -8,8 +8,8 @@ export class Refused extends Error {
 
 function pause(seconds, signal) {
   return new Promise((resolve, reject) => {
-    setTimeout(resolve, 1000 * seconds);
-    signal.addEventListener("abort", () => reject(signal.reason));
+    const timer = setTimeout(resolve, 1000 * seconds);
+    signal.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, { once: true });
   });
 }
 
@@ -23,8 +23,9 @@ async function received(answer) {
   }
 }
 
-// Posts, and posts again where the service has no room or is not ready and says when.
-async function call(path, body, type, key, signal, attempt = 1) {
+// Posts, and posts again where the service has no room or is not ready and says when; `waits` hears in how many seconds,
+// and 0 once they are over.
+async function call(path, body, type, key, signal, waits, attempt = 1) {
   const headers = { "Content-Type": type };
   if (/[^!-~]/.test(key)) throw new Refused(401, "No header can carry this key: expected visible ASCII characters.");
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -32,8 +33,10 @@ async function call(path, body, type, key, signal, attempt = 1) {
   if (response.ok) return response;
   const wait = Number(response.headers.get("Retry-After"));
   if (wait && attempt < ATTEMPTS) {
+    waits(wait);
     await pause(wait, signal);
-    return call(path, body, type, key, signal, attempt + 1);
+    waits(0);
+    return call(path, body, type, key, signal, waits, attempt + 1);
   }
   const text = await received(response.text());
   let detail = text;
@@ -62,14 +65,15 @@ function facts(response) {
   };
 }
 
-export async function compress(photo, rate, effort, key, signal) {
-  const response = await call(`compress?rate=${rate}&effort=${effort}`, photo, photo.type || "application/octet-stream", key, signal);
+export async function compress(photo, rate, effort, key, signal, waits) {
+  const path = `compress?rate=${rate}&effort=${effort}`;
+  const response = await call(path, photo, photo.type || "application/octet-stream", key, signal, waits);
   const bpp = Number(response.headers.get("Limpid-Bpp"));
   return { stream: await received(response.blob()), bpp, ...facts(response) };
 }
 
-export async function decompress(stream, key, signal) {
-  const response = await call("decompress", stream, "application/vnd.limpid", key, signal);
+export async function decompress(stream, key, signal, waits) {
+  const response = await call("decompress", stream, "application/vnd.limpid", key, signal, waits);
   return { photo: await received(response.blob()), ...facts(response) };
 }
 

@@ -47,10 +47,14 @@ export class Viewer {
     const size = this.#size();
     if (size) {
       this.scale = this.whole = Math.min(this.canvas.width / size.width, this.canvas.height / size.height);
-      this.left = (this.canvas.width - size.width * this.scale) / 2;
-      this.top = (this.canvas.height - size.height * this.scale) / 2;
+      this.left = this.top = 0;
     }
     this.draw();
+  }
+
+  // No gap beside a picture that could fill it, and one that is smaller is in the middle: it cannot be lost.
+  #held(offset, picture, frame) {
+    return picture > frame ? Math.min(0, Math.max(frame - picture, offset)) : (frame - picture) / 2;
   }
 
   draw() {
@@ -59,6 +63,8 @@ export class Viewer {
     const size = this.#size();
     this.element.classList.toggle("zoomed", Boolean(size) && this.scale > 1.001 * this.whole);
     if (!size) return;
+    this.left = this.#held(this.left, size.width * this.scale, canvas.width);
+    this.top = this.#held(this.top, size.height * this.scale, canvas.height);
     context.imageSmoothingEnabled = this.scale < 3 * this.ratio;
     context.imageSmoothingQuality = "high";
     const edge = Math.round(this.divider * canvas.width);
@@ -74,11 +80,13 @@ export class Viewer {
     part(this.before ?? this.after, 0, edge);
     part(this.after ?? this.before, edge, canvas.width);
     if (this.before && this.after) {
-      context.fillStyle = "#fff";
-      context.fillRect(edge - this.ratio, 0, 2 * this.ratio, canvas.height);
-      context.beginPath();
-      context.arc(edge, canvas.height / 2, 9 * this.ratio, 0, 2 * Math.PI);
-      context.fill();
+      for (const [colour, rim] of [["#000", this.ratio], ["#fff", 0]]) { // seen on bright and on dark pictures
+        context.fillStyle = colour;
+        context.fillRect(edge - this.ratio - rim, 0, 2 * (this.ratio + rim), canvas.height);
+        context.beginPath();
+        context.arc(edge, canvas.height / 2, 9 * this.ratio + rim, 0, 2 * Math.PI);
+        context.fill();
+      }
     }
     this.element.setAttribute("aria-valuenow", String(Math.round(100 * this.divider)));
   }
@@ -94,7 +102,7 @@ export class Viewer {
 
   #zoom(factor, x = this.element.clientWidth / 2, y = this.element.clientHeight / 2) {
     if (!this.#size()) return;
-    const scale = Math.min(LARGEST * this.ratio, Math.max(0.02, this.scale * factor)), change = scale / this.scale;
+    const scale = Math.min(Math.max(this.whole, LARGEST * this.ratio), Math.max(this.whole, this.scale * factor)), change = scale / this.scale;
     this.left = x * this.ratio - (x * this.ratio - this.left) * change;
     this.top = y * this.ratio - (y * this.ratio - this.top) * change;
     this.scale = scale;
