@@ -50,18 +50,22 @@ from service.codec.device import pick_device, transform_precision
 RESULTS = Path(__file__).parent / "results"
 
 
-def _write(path: Path, records: Sequence[Record], jobs: int, **more: object) -> None:
-    if not records:
-        raise ValueError(f"nothing was measured for {path.name}: its condition has none of these rate points")
-    content = {
+def _told(jobs: int = 1) -> dict[str, object]:
+    """How the figures of this run came about."""
+    return {
         "command": " ".join(["python -m model_store.evaluation", *map(_relative, sys.argv[1:])]),
         "torch": torch.__version__,
         "processes": jobs,
         "cpus": os.cpu_count(),
         "precision": transform_precision(pick_device("auto")),
-        **more,
-        "records": [asdict(record) for record in records],
     }
+
+
+def _write(path: Path, records: Sequence[Record], jobs: int, **more: object) -> None:
+    if not records:
+        raise ValueError(f"nothing was measured for {path.name}: its condition has none of these rate points")
+    check_same_photos(records)
+    content = {**_told(jobs), **more, "records": [asdict(record) for record in records]}
     text = json.dumps(content)
     replace_file(path, (text.replace('{"set"', '\n{"set"') + "\n").encode())
 
@@ -107,7 +111,7 @@ def _generations(args: argparse.Namespace) -> None:
 
 def _save(path: Path, content: dict[str, object]) -> None:
     print(json.dumps(content["summary"], indent=2))
-    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    replace_file(path, (json.dumps({**_told(), **content}, indent=1) + "\n").encode())
 
 
 def _effort(args: argparse.Namespace) -> None:
@@ -159,6 +163,15 @@ def _report(args: argparse.Namespace) -> None:
     write_index(args.store, index)
 
 
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise ValueError
+    return count
+
+
+_count.__name__ = "count of 1 or more"  # as argparse names it
+
+
 COMMANDS = {
     "peers": _peers,
     "cascade": _cascade,
@@ -199,7 +212,7 @@ def main() -> None:
                 sub.add_argument("--jobs", type=int, default=at_once, help="processes at a time")
             if command == "features":
                 sub.add_argument("--photo", type=Path, help="the photo of the maps")
-            sub.add_argument("--limit", type=int, help="only the first photos of each set")
+            sub.add_argument("--limit", type=_count, help="only the first photos of each set")
     args = parser.parse_args()
     if getattr(args, "limit", None) and args.results == RESULTS:
         parser.error("expected --results of its own with --limit: these hold all photos")

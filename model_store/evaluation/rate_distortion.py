@@ -75,11 +75,11 @@ def check_same_photos(records: Sequence[Record]) -> None:
     """Means can be compared where they are of the same photos.
 
     Raises:
-        ValueError: of a set and condition some codecs have others than the rest.
+        ValueError: of a set and condition some codecs, or settings of one, have others than the rest.
     """
     photos: dict[tuple[str, str], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for record in records:
-        photos[record.set, record.condition][record.codec].add(record.photo)
+        photos[record.set, record.condition][f"{record.codec} at {record.setting}"].add(record.photo)
     for (name, condition), of_codecs in photos.items():
         counts = {codec: len(seen) for codec, seen in of_codecs.items()}
         if len({frozenset(seen) for seen in of_codecs.values()}) > 1:

@@ -31,19 +31,22 @@ def main() -> None:
     parser.add_argument("--start-from", type=Path, help="weights to start with: a checkpoint.pt, or a file of states/")
     parser.add_argument("--only", default="", metavar="REGEX", help="names of the parameters that learn; others stay")
     args = parser.parse_args()
-    train(
-        photos=args.photos,
-        run=args.run,
-        size=args.size,
-        schedule=Schedule(args.minutes, args.lr, args.prior_lr, args.steady),
-        batch=args.batch,
-        crop=args.crop,
-        seed=args.seed,
-        device=args.device,
-        compiled=not args.no_compile,
-        start_from=args.start_from,
-        only=args.only,
-    )
+    try:
+        train(
+            photos=args.photos,
+            run=args.run,
+            size=args.size,
+            schedule=Schedule(args.minutes, args.lr, args.prior_lr, args.steady),
+            batch=args.batch,
+            crop=args.crop,
+            seed=args.seed,
+            device=args.device,
+            compiled=not args.no_compile,
+            start_from=args.start_from,
+            only=args.only,
+        )
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model_store.training.growth import grown
-from model_store.training.weights import named, weights_to_start_from, write_mixed
+from model_store.training.weights import check_output, named, weights_to_start_from, write_mixed
 from service.codec.config import CONFIGS
 
 
@@ -27,8 +27,9 @@ def average(checkpoint: Path, parts: Sequence[tuple[float, Path]], output: Path)
         parts: shares, which sum to 1, and files of weights: checkpoints, or safetensors of `keep_weights`.
 
     Raises:
-        ValueError: the shares do not sum to 1, or the weights are of different models.
+        ValueError: the shares do not sum to 1, the weights are of different models, or `output` is one of them.
     """
+    check_output(output, checkpoint, *(path for _, path in parts))
     if abs(sum(share for share, _ in parts) - 1) > 1e-6:
         raise ValueError(f"expected shares that sum to 1, got {[share for share, _ in parts]}")
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)

@@ -25,12 +25,21 @@ def check_crop(side: int) -> None:
 
 
 def load_photo(path: Path) -> Tensor | None:
-    """(3, H, W) uint8, sRGB, upright; None for one that the evaluation measures on."""
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if is_held_out(image):
-            return None
-        return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).contiguous()
+    """(3, H, W) uint8, upright, taken for sRGB whatever profile it has; None for one that the evaluation measures on.
+
+    Raises:
+        ValueError: it cannot be read, or has more than 8 bits.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("expected 8 bits a channel")
+            if is_held_out(image):
+                return None
+            return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).contiguous()
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _downsampled(photo: Tensor) -> Tensor:
@@ -38,14 +47,14 @@ def _downsampled(photo: Tensor) -> Tensor:
 
 
 def tone_jittered(x: Tensor, generator: torch.Generator, share: float) -> Tensor:
-    """A share of clean crops (B, 3, H, W) darker, brighter or flatter than they were, and still clean.
+    """A share of clean crops (B, 3, H, W) darker, brighter or flatter than they were, and still clean, of 8 bits.
 
     A dull sky or a dim room is no degradation; without these a model learns to brighten and stretch whatever is flat.
     """
     chosen, gamma, contrast, pivot = torch.rand(4, len(x), 1, 1, 1, generator=generator).to(x.device)
     contrast = 0.6 + 0.4 * contrast  # from 0.25 on, haze was no longer told from a flat scene
     changed = x ** (0.5 * 5**gamma) * contrast + pivot * (1 - contrast)
-    return torch.where(chosen < share, changed, x)
+    return torch.where(chosen < share, (changed * 255).round() / 255, x)
 
 
 class PhotoPool:

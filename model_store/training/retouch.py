@@ -28,7 +28,7 @@ from model_store.training.loop import CHECKPOINT_SECONDS
 from model_store.training.photos import PhotoPool, check_crop
 from model_store.training.schedule import Schedule
 from model_store.training.step import Ema, clipped, costs
-from model_store.training.weights import named, weights_to_start_from, write_mixed
+from model_store.training.weights import check_output, named, weights_to_start_from, write_mixed
 from service.codec.config import CONFIGS
 from service.codec.device import pick_device
 from service.codec.model import TrainableCodec
@@ -92,8 +92,7 @@ def retouch(
     if not set(learn) <= set(LEARNABLE) or len(learn) > len(LEARNABLE) - 2:
         raise ValueError(f"expected kinds of {', '.join(LEARNABLE)}, not nearly all, got {', '.join(learn)}")
     held_to = held_to or start_from
-    if output.resolve() in (start_from.resolve(), held_to.resolve()):
-        raise ValueError(f"expected another output than {output}, which it starts from or photographs are held to")
+    check_output(output, start_from, held_to)
     where = pick_device("auto")
     seed = secrets.randbelow(2**31) if seed is None else seed
     torch.manual_seed(seed)

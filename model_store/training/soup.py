@@ -23,7 +23,7 @@ from model_store.training.compiled import compile_blocks
 from model_store.training.photos import PhotoPool, check_crop
 from model_store.training.schedule import decay
 from model_store.training.step import costs
-from model_store.training.weights import named, weights_to_start_from, write_mixed
+from model_store.training.weights import check_output, named, weights_to_start_from, write_mixed
 from service.codec.config import CONFIGS
 from service.codec.device import pick_device, transform_precision
 from service.codec.model import TrainableCodec
@@ -111,9 +111,11 @@ def soup(
         The shares of the others per block.
 
     Raises:
-        ValueError: no usable photos, a crop that is no multiple of 16, or too little time for one step.
+        ValueError: no usable photos, a crop that is no multiple of 16, too little time for one step, or an output that
+            is what it is made from.
     """
     check_crop(crop)
+    check_output(output, start, *others)
     where = pick_device(device or "auto")
     bf16 = transform_precision(where) == "bfloat16"
     torch.manual_seed(seed)
@@ -154,7 +156,8 @@ def soup(
     mixed.apply(mean)
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     told = ", ".join(f"{share:.3f} {named(path)}" for share, path in zip(mean.mean(1).tolist(), others))
-    write_mixed(state, weights, output, soup=told)
+    learned = {"soup": told, "soup_minutes": f"{minutes:g}", "soup_lr": f"{lr:g}", "soup_seed": f"{seed}"}
+    write_mixed(state, weights, output, **learned)
     return dict(zip(mixed.blocks, mean.T.tolist()))
 
 

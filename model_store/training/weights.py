@@ -69,6 +69,14 @@ def write_mixed(state: Mapping[str, Any], weights: Mapping[str, Tensor], output:
                      "seconds": state["seconds"], "record": record}, output)  # fmt: skip
 
 
+def check_output(output: Path, *sources: Path) -> None:
+    """Raises:
+    ValueError: it is one of those that it is made from, and a run could not go on from that any more.
+    """
+    if output.resolve() in {source.resolve() for source in sources}:
+        raise ValueError(f"expected another output than {output}, which it is made from")
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The weights of a run as they are: a file of `keep_weights`, or the EMA of a checkpoint."""
     return _read(path)[0]

@@ -1,7 +1,7 @@
 """`python -m tests.bench.growth`: how time and memory grow with pixels, batch size and concurrent clients.
 
-Writes JSON and one figure with three plots; each has a dashed line for linear growth from its first point. A benchmark,
-not a test: nothing here passes or fails.
+Writes JSON and one figure with three plots; the first two have a dashed line for linear growth, that of pixels from its
+second point on. A benchmark, not a test: nothing here passes or fails.
 """
 
 from __future__ import annotations

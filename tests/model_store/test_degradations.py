@@ -62,10 +62,11 @@ def test_the_sensor_sees_what_came_through_the_lens() -> None:
 
 def test_the_same_seed_gives_the_same_harm(parrots: Photo) -> None:
     x = clean(parrots)
-    kinds = [(kind,) for kind in list(MAKERS)[:4]]
-    one, two = (degrade(x, kinds, torch.Generator().manual_seed(3), TRAINING) for _ in range(2))
-    assert torch.equal(one, two)
-    assert not torch.equal(one, degrade(x, kinds, torch.Generator().manual_seed(4), TRAINING))
+    for kind in MAKERS:
+        kinds = [(kind,)] * len(x)
+        one, two = (degrade(x, kinds, torch.Generator().manual_seed(3), TRAINING) for _ in range(2))
+        assert torch.equal(one, two), kind
+        assert not torch.equal(one, degrade(x, kinds, torch.Generator().manual_seed(4), TRAINING)), kind
 
 
 def test_srgb_and_linear_light_are_inverse() -> None:
@@ -79,6 +80,41 @@ def test_noise_has_the_deviation_it_says() -> None:
     sigma = 25 / 255
     out = degrade(x, [(Kind.NOISE,)], torch.Generator().manual_seed(5), Ranges(noise=(sigma, sigma)))
     assert float(out.std()) == pytest.approx(sigma, rel=0.03)
+
+
+@pytest.mark.parametrize("level", [0.2, 0.6])
+def test_a_sensor_has_the_noise_that_light_makes(level: float) -> None:
+    """Its variance in linear light is that of reading plus what grows with the light; demosaicing spreads it."""
+    read, shot = 0.02, 0.01
+    grey = to_srgb(torch.full((1, 3, 256, 256), level))
+    bare, spread = (
+        to_linear(degrade(grey, [(Kind.SENSOR_NOISE,)], torch.Generator().manual_seed(7),
+                          Ranges(read=(read, read), shot=(shot, shot), mosaic=share))) - level
+        for share in (0.0, 1.0)
+    )  # fmt: skip
+    assert float(bare.square().mean()) == pytest.approx(read**2 + shot * level, rel=0.03)
+    assert float(spread.square().mean()) < 0.7 * float(bare.square().mean())
+    for noise, alike in ((bare, 0.0), (spread, 0.55)):  # of neighbours
+        neighbours = (noise[..., 1:] * noise[..., :-1]).mean() / noise.square().mean()
+        assert float(neighbours) == pytest.approx(alike, abs=0.15)
+
+
+def test_low_light_is_less_light() -> None:
+    grey = to_srgb(torch.full((1, 3, 256, 256), 0.8))
+    out = degrade(grey, [(Kind.LOW_LIGHT,)], torch.Generator().manual_seed(7), Ranges(light=(0.25, 0.25), mosaic=0.0))
+    assert float(to_linear(out).mean()) == pytest.approx(0.2, rel=0.02)
+    assert float((out - out.mean()).square().mean()) > 1e-5
+
+
+def test_blur_spreads_what_there_is(parrots: Photo) -> None:
+    x = clean(parrots, 12)
+    flat = degrade(torch.full_like(x, 0.5), [(Kind.BLUR,)] * 12, torch.Generator().manual_seed(9), TRAINING)
+    assert torch.allclose(flat, torch.full_like(x, 0.5), atol=1 / 255)
+    out = degrade(x, [(Kind.BLUR,)] * 12, torch.Generator().manual_seed(9), TRAINING)
+    assert torch.allclose(out.mean((1, 2, 3)), x.mean((1, 2, 3)), atol=0.01)
+    for before, after in zip(x, out):  # less detail, at its place
+        assert after.diff(dim=2).square().mean() < 0.9 * before.diff(dim=2).square().mean()
+        assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.8
 
 
 def test_lines_by_fourier_transform_are_those_of_the_kernels() -> None:

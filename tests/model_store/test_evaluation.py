@@ -222,8 +222,10 @@ def test_the_denoiser_is_tuned_for_what_comes_after_it(
 def test_means_of_other_photos_are_not_compared() -> None:
     ours, theirs = records("LIMPID", [(1, 0.1, 27.0)]), records("JPEG", [(10, 0.2, 25.0)])
     check_same_photos([*ours, *theirs, *records("JPEG", [(10, 0.2, 25.0)], "clean")])
-    with pytest.raises(ValueError, match=r"same photos of kodak under noise-25 .*'LIMPID': 1, 'JPEG': 2"):
+    with pytest.raises(ValueError, match=r"same photos of kodak under noise-25 .*'LIMPID at 1': 1, 'JPEG at 10': 2"):
         check_same_photos([*ours[:1], *theirs])
+    with pytest.raises(ValueError, match=r"'LIMPID at 1': 2, 'LIMPID at 2': 1"):  # a mean of one setting, too
+        check_same_photos([*ours, *records("LIMPID", [(2, 0.2, 28.0)])[:1]])
 
 
 @pytest.mark.parametrize(

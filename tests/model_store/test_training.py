@@ -21,8 +21,9 @@ from model_store.training.batches import Batches
 from model_store.training.compiled import compile_prior
 from model_store.training.curves import draw
 from model_store.training.loss import balanced_distortion
-from model_store.training.photos import PhotoPool
+from model_store.training.photos import PhotoPool, tone_jittered
 from model_store.training.schedule import Schedule
+from model_store.training.soup import soup
 from model_store.training.warm_start import warm_start
 from model_store.training.weights import keep_weights, read_weights, stretched, weights_to_start_from
 from service.codec import model as codec_model
@@ -32,6 +33,7 @@ from service.codec.model import TrainableCodec
 from service.codec.transforms import rate_lambda
 from service.engine import Photo
 from tests.codec.test_model import FOUR_PASSES, TINY
+from tests.conftest import image_bytes
 from tests.model_store.conftest import run
 
 CPU = torch.device("cpu")
@@ -89,6 +91,11 @@ def test_a_finished_run_and_a_mean_of_runs_train_no_further(
     assert run(photos, tmp_path / "a", 2, monkeypatch) == checkpoint
     assert checkpoint.read_bytes() == before
     monkeypatch.setitem(CONFIGS, "tiny", TINY)
+    with pytest.raises(ValueError, match="another output"):
+        average(checkpoint, [(1.0, checkpoint)], checkpoint)
+    with pytest.raises(ValueError, match="another output"):
+        soup(checkpoint, [], photos, checkpoint, minutes=1)
+    assert checkpoint.read_bytes() == before
     average(checkpoint, [(1.0, checkpoint)], tmp_path / "mean" / "checkpoint.pt")
     with pytest.raises(ValueError, match="a mean of runs"):
         run(photos, tmp_path / "mean", 4, monkeypatch)
@@ -333,6 +340,22 @@ def test_lambdas_are_log_spaced_over_the_rate_points() -> None:
 def test_a_folder_without_photos_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found none"):
         PhotoPool(tmp_path, 160, CPU)
+
+
+@pytest.mark.parametrize("wrong", ["cut.jpg", "deep.png"])
+def test_a_photo_that_cannot_be_learned_from_is_named(photos: Path, parrots: Photo, wrong: str) -> None:
+    if wrong == "cut.jpg":
+        (photos / wrong).write_bytes(image_bytes(parrots, "JPEG")[:2000])
+    else:
+        Image.fromarray(parrots[..., 0].astype(np.uint16) * 257).save(photos / wrong)
+    with pytest.raises(ValueError, match=f"{wrong}: "):
+        PhotoPool(photos, 64, CPU)
+
+
+def test_toned_photos_are_such_as_can_be_uploaded(photos: Path) -> None:
+    seed = torch.Generator().manual_seed(1)
+    toned = tone_jittered(PhotoPool(photos, 64, CPU).crops(8, 64, seed), seed, 1.0)
+    assert torch.allclose(toned * 255, (toned * 255).round(), atol=1e-3)
 
 
 def test_photos_that_models_are_measured_on_are_not_learned_from(
