@@ -274,3 +274,13 @@ def test_what_effort_saves_was_measured() -> None:
     ]
     assert f"({min(more):+.1f} to {max(more):+.1f}%)" in told
     assert f"{min(better):.2f} to {max(better):.2f} dB better" in told
+    at_equal_size = [
+        gain
+        for none, four in pairs
+        for curve, other, sign in ((none, four, 1), (four, none, -1))
+        for bpp, psnr in zip(curve.bpp, curve.psnr)
+        if other.bpp[0] <= bpp <= other.bpp[-1]
+        for gain in [sign * (other.psnr_at(bpp) - psnr)]
+    ]
+    least, most = min(at_equal_size), max(at_equal_size)
+    assert f"{least:.1f} to {most:.1f} dB better at equal size" in (ROOT / "README.md").read_text()

@@ -61,12 +61,13 @@ def published_table(records: Sequence[Record]) -> str:
 def effort_table(records: Sequence[Record]) -> str:
     """A Markdown table of what `evaluation effort` measured: per condition and effort the best PSNR within `BUDGET`,
     and the bits at equal PSNR against an effort of 0."""
-    lines = [f"| condition | effort | dB within {BUDGET} bpp | bits |", "|---|---|---|---|"]
+    lines = [f"| condition | rate points | effort | dB within {BUDGET} bpp | bits |", "|---|---|---|---|---|"]
     all_curves = curves(records)
     for (name, condition, codec), curve in all_curves.items():
         change = bd_rate(curve, all_curves[name, condition, "effort-0"])
         within, told = curve.psnr_within(BUDGET), "-" if change is None else f"{change:+.1f}%"
-        lines.append(f"| {condition} | {codec[7:]} | {'-' if within is None else f'{within:.3f}'} | {told} |")
+        rates = f"{min(curve.setting)} to {max(curve.setting)}"
+        lines.append(f"| {condition} | {rates} | {codec[7:]} | {'-' if within is None else f'{within:.3f}'} | {told} |")
     return "\n".join(lines)
 
 

@@ -354,6 +354,13 @@ def test_frames_that_are_done_cost_little_at_each_look(tmp_path: Path, monkeypat
     asyncio.run(work())
 
 
+def test_it_needs_no_more_than_httpx() -> None:
+    script = (
+        "import sys, deploy.gateway; print(sorted({'torch', 'numpy', 'PIL', 'pydantic', 'tqdm'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
+
+
 @pytest.mark.parametrize("wrong", [["a-file", "out"], ["frames", "out", "--camera", "http://cam:port/x"]])
 def test_what_it_is_started_with_wrongly_is_told_in_a_line(tmp_path: Path, wrong: list[str]) -> None:
     (tmp_path / "a-file").touch()
