@@ -315,6 +315,6 @@ def test_refinement_is_measured_beside_none(tmp_path: Path, parrots: Photo) -> N
             (condition, f"effort-{effort}", rate) for effort in (0, 2) for rate in (2, 4, 6)
         ]
         none, refined = ([cell.strip() for cell in row.split("|")] for row in effort_table(found).splitlines()[2:])
-        assert (none[1:3], none[4]) == ([condition, "0"], "+0.0%")
-        assert refined[1:3] == [condition, "2"]
-        assert float(refined[4].rstrip("%")) < -1
+        assert (none[1:4], none[5]) == ([condition, "2 to 6", "0"], "+0.0%")
+        assert refined[1:4] == [condition, "2 to 6", "2"]
+        assert float(refined[5].rstrip("%")) < -1
