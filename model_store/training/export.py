@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model_store.index import INDEX, STORE, read_index, replace_file, write_index
 from model_store.training.frequencies import COUNTED_BATCHES, with_counted_tables
-from model_store.training.report import REPORT_FILE, check_encoder, read_report
+from model_store.training.report import REPORT_FILE, read_report, record_of
 from model_store.training.weights import config_of, keep_weights
 from service.codec.config import MODEL_NAME
 from service.codec.known_answer import known_answer
@@ -53,8 +53,7 @@ def export(
     model = TrainableCodec(config_of(state["size"], state["ema"]))
     model.load_state_dict(state["ema"])
     report = checkpoint.with_name(REPORT_FILE)
-    if report.exists():
-        check_encoder(report, state["ema"])
+    of_report = record_of(report, state["ema"]) if report.exists() else {}
     tensors, description = ship(model, read_report(report, model.config) if report.exists() else None)
     if photos:
         tensors = with_counted_tables(tensors, description, photos, batches)
@@ -63,6 +62,7 @@ def export(
         "steps": state["step"],
         "hours": round(state["seconds"] / 3600, 2),
         **state["record"],
+        **of_report,
         "batches_counted": batches if photos else 0,
     }
     return enter(store, name, state["size"], tensors, description, training, make_default)

@@ -71,14 +71,17 @@ def read_report(path: Path, config: CodecConfig) -> ReportHead:
     return head
 
 
-def check_encoder(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Raises:
-    ValueError: the head in `path` learned from another encoder than that of `weights`.
+def record_of(path: Path, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """How the head in `path` last learned, for a model's record.
+
+    Raises:
+        ValueError: it learned from another encoder than that of `weights`.
     """
     with safe_open(path, framework="pt") as opened:
-        told = (opened.metadata() or {}).get(_ENCODER)
-    if told != encoder_of(weights):
+        told = dict(opened.metadata() or {})
+    if told.pop(_ENCODER, None) != encoder_of(weights):
         raise ValueError(f"expected a head of this encoder in {path}; train it on (model_store.training.report)")
+    return told
 
 
 def encoder_of(weights: Mapping[str, Tensor]) -> str:
@@ -170,7 +173,8 @@ def train_report(
         bar.set_description(f"step {step}  loss {mean:.4f}", refresh=False)
     bar.close()
     learned = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
-    save_file(learned, path, {_ENCODER: encoder})
+    record = {"minutes": f"{minutes:g}", "steps": f"{step}", "lr": f"{lr:g}", "seed": f"{seed}"}
+    save_file(learned, path, {_ENCODER: encoder, **{f"report_{name}": value for name, value in record.items()}})
     return path
 
 

@@ -22,7 +22,7 @@ function kept(...value) {
 
 function say(text) { $("status").textContent = text; }
 
-// What one of two calls is about while it waits for a service without room, and again once it goes on.
+// For a call: says that it waits for a service without room, and then again what is being done.
 const waits = doing => seconds => say(seconds ? `The service is busy. Trying again in ${seconds} s...` : doing);
 
 function complain(error, signal) {

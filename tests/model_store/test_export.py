@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -100,7 +101,9 @@ def test_a_report_trained_beside_a_checkpoint_ships_with_it(
     torch.save({**state, "ema": {**state["ema"], name: state["ema"][name] + 1}}, other)
     with pytest.raises(ValueError, match="head of this encoder"):
         export(other, "tiny-0", store)
-    export(checkpoint, "tiny-1", store)
+    record = cast(dict[str, object], export(checkpoint, "tiny-1", store)["training"])
+    assert (record["report_minutes"], record["report_seed"], record["report_lr"]) == ("0.02", "7", "0.003")
+    assert int(str(record["report_steps"])) >= 1
     (stream,) = Engine(ModelStore(store), "cpu").encode([EncodeJob(bikes, 4)])
     assert stream.degradations
     assert all(0 <= found.strength <= 1 for found in stream.degradations)
