@@ -107,7 +107,7 @@ class RequestMiddleware:
 
         try:
             stated = request.headers.get("content-length", "")
-            if stated.isdigit() and int(stated) > self.max_body_bytes:
+            if stated.isdecimal() and int(stated) > self.max_body_bytes:
                 problem = Problem(TOO_LARGE, f"expected at most {self.max_body_bytes} bytes of body, got {stated}")
                 await problem_response(problem, request)(scope, receive, counted_send)
             else:

@@ -234,7 +234,7 @@ def test_what_came_can_be_saved_whatever_becomes_of_the_rest(page: playwright.Pa
     )
     page.focus("#rate")
     page.keyboard.press("ArrowRight")
-    playwright.expect(page.locator("#status")).to_contain_text("cannot show the clean photo, but save it")
+    playwright.expect(page.locator("#status")).to_contain_text("cannot show the clean photo, but it can be saved")
     assert read_photo(saved(page, "#save-photo")[1], 10**6).shape == bikes.shape
 
 

@@ -21,7 +21,7 @@ COLOURS = {
 def table(records: Sequence[Record]) -> str:
     """A Markdown table: the best PSNR within `BUDGET` per set, condition and codec, and BD-rate against each peer."""
     all_curves = curves(records)
-    codecs = sorted({codec for *_, codec in all_curves}, key=lambda c: (c not in COLOURS, list(COLOURS).index(c)))
+    codecs = sorted({codec for *_, codec in all_curves}, key=list(COLOURS).index)
     peers = [codec for codec in codecs if codec != "LIMPID"]
     head = [
         "set",

@@ -86,7 +86,7 @@ function keep(stream, signal) {
 function finish(restored, shown) {
   offer("save-photo", restored, `${name}-clean.png`);
   $("save-photo").hidden = false;
-  say(shown ? "Done." : "Done. This browser cannot show the clean photo, but save it.");
+  say(shown ? "Done." : "Done. This browser cannot show the clean photo, but it can be saved.");
   if (!bits) foresee(); // it told nothing until now: it was loading when the page was opened, say
 }
 
