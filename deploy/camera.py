@@ -19,7 +19,9 @@ LARGEST_FRAME = 2**26
 """Bytes; a camera that sends more without a boundary is asked anew."""
 
 PATIENCE, QUIET = 10.0, 600.0
-"""Seconds for an answer to begin, and that a stream may then be silent: some cameras film on motion only."""
+"""Seconds for an answer to begin and a snapshot to go on, and that a stream may be silent: some film on motion only."""
+
+_JPEG = b"\xff\xd8"
 
 _ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A stream whose camera is gone is given up after so many seconds of silence, and asked so often."""
@@ -53,11 +55,10 @@ async def camera_frames(url: str, every: float | None) -> AsyncIterator[bytes]:
                             yield frame
                         log.warning("the camera ended its stream")
                         await asyncio.sleep(1)
-                    elif kind.startswith(("text/", "application/json")):  # to log in, say
-                        raise httpx.RemoteProtocolError(f"expected a photo, got {kind}")
                     else:
-                        async with asyncio.timeout(QUIET):
-                            frame = await snapshot(answer.aiter_bytes())
+                        frame = await snapshot(steady(answer.aiter_bytes()))
+                        if kind.startswith(("text/", "application/json")) and not frame.startswith(_JPEG):  # to log in
+                            raise httpx.RemoteProtocolError(f"expected a photo, got {kind}")
                         yield frame
                         await asyncio.sleep(every or 1)
             except httpx.HTTPStatusError as error:  # whose text has the URL, keys and all
@@ -75,6 +76,20 @@ async def thinned(frames: AsyncIterator[bytes], every: float) -> AsyncIterator[b
         if (now := time.monotonic()) >= due:
             due = now + every
             yield frame
+
+
+async def steady(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same.
+
+    Raises:
+        TimeoutError: one does not come within `PATIENCE`.
+    """
+    while True:
+        async with asyncio.timeout(PATIENCE):
+            chunk = await anext(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
 
 
 async def snapshot(chunks: AsyncIterator[bytes]) -> bytes:

@@ -106,7 +106,7 @@ async def _bring_up(service: Service) -> None:
     _start_models(service, engine, engine.models)
     metrics.queue_items.set_function(lambda: batcher.waiting_items)
     metrics.queue_bytes.set_function(lambda: batcher.waiting_bytes)
-    metrics.queue_seconds.set_function(lambda: batcher.seconds_ahead)
+    metrics.queue_seconds.set_function(lambda: batcher.seconds_ahead if batcher.waiting_items else 0.0)
     metrics.batches.set_function(lambda: batcher.running)
     fields = {"models": list(engine.models), "device": str(engine.device), "precision": engine.precision}
     log.info("ready", extra={"fields": fields})

@@ -180,7 +180,7 @@ def retry_after(headers: Mapping[str, str]) -> float:
 def _timestamp(date: str) -> float | None:
     try:
         return parsedate_to_datetime(date).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

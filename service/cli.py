@@ -160,8 +160,8 @@ def _tell_of(left_out: Sequence[tuple[Path, str]]) -> None:
 def _compress(args: argparse.Namespace) -> int:
     if args.output and names_a_file(args.output) and Path(args.output).suffix.lower() in PHOTO_ENDINGS:
         raise ValueError(f"expected an output name for a bitstream, such as a.lmp, got {args.output}")
-    pairs = pair_up(args.inputs, args.output, takes=PHOTO_ENDINGS, gives=".lmp")
     _tell_of(overlooked(args.inputs, PHOTO_ENDINGS, images=True))
+    pairs = pair_up(args.inputs, args.output, takes=PHOTO_ENDINGS, gives=".lmp")
     with closing(_codec(args)) as codec:
 
         def work(data: bytes) -> tuple[bytes, str]:
@@ -190,8 +190,8 @@ def _decompress(args: argparse.Namespace) -> int:
         raise ValueError(f"expected an output name that goes with --format {args.format}, got {args.output}")
     if args.quality is not None and output.default_quality is None:
         raise ValueError(f"expected --quality only with a lossy format, got it with {output.name}")
-    pairs = pair_up(args.inputs, args.output, takes=STREAM_ENDINGS, gives=chosen)
     _tell_of(overlooked(args.inputs, STREAM_ENDINGS))
+    pairs = pair_up(args.inputs, args.output, takes=STREAM_ENDINGS, gives=chosen)
     with closing(_codec(args)) as codec:
 
         def work(data: bytes) -> tuple[bytes, str]:

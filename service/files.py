@@ -38,11 +38,11 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = True, modified: in
     new = path.with_name(f".{secrets.token_hex(8)}.new")
     try:
         with new.open("wb") as file:
+            with suppress(OSError):  # a name that is free, a file system whose modes nobody changes
+                shutil.copymode(path, new)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, new)
         if modified is not None:
             os.utime(new, ns=(modified, modified))
         if not overwrite:
@@ -120,6 +120,9 @@ def pair_up(inputs: Sequence[str], output: str | None, *, takes: Iterable[str], 
         if others:
             raise ValueError(f"expected one input for standard output, got {len(found)}")
         return [Pair(first, None)]
+    unfit = [source for source, _ in found if source and glob.has_magic(str(source)) and not source.exists()]
+    if unfit and output and names_a_file(output):
+        raise ValueError(f"found no file that fits {unfit[0]}")
     if output and not others and names_a_file(output) and not is_folder(inputs[0]):
         return [Pair(first, Path(output))]
     pairs: list[Pair] = []
@@ -153,8 +156,8 @@ def overlooked(inputs: Sequence[str], takes: Iterable[str], images: bool = False
     endings = frozenset(takes)
     listed = ", ".join(sorted(endings))
     left_out: list[tuple[Path, str]] = []
-    for text in filter(is_folder, inputs):
-        if not _found(text, endings):
+    for text in dict.fromkeys(filter(is_folder, inputs)):
+        if len(inputs) > 1 and not _found(text, endings):  # one alone is refused
             left_out.append((Path(text), f"it holds no {listed}"))
         for folder, folders, files in os.walk(text):
             others = (Path(folder, name) for name in files if Path(name).suffix.lower() not in endings)

@@ -72,9 +72,7 @@ class Metrics:
         )
         self.queue_items = gauge("queue_items", "Requests waiting for the device.")
         self.queue_bytes = gauge("queue_bytes", "Bytes of photos and bitstreams waiting for the device.")
-        self.queue_seconds = gauge(
-            "queue_seconds", "In which all that waits or runs will be done, at the pace of late."
-        )
+        self.queue_seconds = gauge("queue_seconds", "In which what waits, and runs before it, will be done.")
         self.bytes_in_progress = gauge(
             "bytes_in_progress", "Of bodies, as announced or as they came, and of answers that are still being taken."
         )

@@ -388,6 +388,7 @@ def test_retry_after_is_read_as_seconds_or_date() -> None:
     assert asked("3") == 3
     assert 8 < asked(formatdate(time.time() + 10, usegmt=True)) <= 10
     assert asked(formatdate(70, usegmt=True), date=formatdate(60, usegmt=True)) == 10  # whatever the clock here says
+    assert asked("Sat, 28 Nov 2026 99999999999999999999:00:00 GMT") == 0
     assert retry_after({}) == asked("soon") == asked("²") == asked(formatdate(0)) == 0
     assert asked("9" * 400) == asked(formatdate(time.time() + 10**8)) == 86_400
 

@@ -55,7 +55,8 @@ def test_images_of_other_formats_are_told_not_other_files(here: Path) -> None:
     (here / "deep" / "d.gif").touch()
     (here / "linked").symlink_to(here / "deep")
     (here / "nothing").mkdir()
-    seen = overlooked([".", "a.jpg", "nothing"], (".jpg", ".png"), images=True)
+    assert overlooked(["nothing"], (".jpg",)) == []  # which is an error anyway
+    seen = overlooked([".", "a.jpg", "nothing", "nothing"], (".jpg", ".png"), images=True)
     assert [(str(path), why) for path, why in seen] == [
         ("deep/d.gif", "of a folder only .jpg, .png are taken"),
         ("linked", "is a linked folder"),
@@ -68,6 +69,8 @@ def test_images_of_other_formats_are_told_not_other_files(here: Path) -> None:
 def test_a_pattern_that_nothing_fits_is_a_file_that_is_not_there() -> None:
     """Reading it says so, and the others are read."""
     assert [source for source, _ in pairs("a.jpg", "typo*.jpg")] == ["a.jpg", "typo*.jpg"]
+    with pytest.raises(ValueError, match=r"found no file that fits typo\*"):
+        pairs("a.jpg", "typo*.jpg", output="x.lmp")  # which is a file's name, not a folder's
 
 
 def test_what_cannot_be_looked_at_stands_for_itself(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,11 +128,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert [one.name for one in tmp_path.iterdir()] == ["a.lmp"]
 
 
-def test_a_file_that_is_overwritten_stays_as_private_as_it_was(tmp_path: Path) -> None:
+def test_a_file_that_is_overwritten_stays_as_private_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.lmp"
     path.touch(0o600)
     write_whole(path, b"new")
     assert path.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr("os.chmod", lambda *_, **__: (_ for _ in ()).throw(PermissionError(1, "not permitted")))
+    write_whole(path, b"where modes cannot be changed")
+    assert path.read_bytes() == b"where modes cannot be changed"
 
 
 def test_any_name_that_the_file_system_takes_can_be_written(tmp_path: Path) -> None:

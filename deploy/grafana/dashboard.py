@@ -48,9 +48,9 @@ def gauge(series: str) -> str:
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Traffic": (
         Panel("Requests", "Answers per second by operation and status; 499 is a client that hung up.", "reqps",
-              ((f"sum by (operation, status) ({rate('http_requests_total')}) > 0", "{{operation}} {{status}}"),), True),
+              ((f"sum by (operation, status) ({rate('http_requests_total')})", "{{operation}} {{status}}"),), True),
         Panel("Rejections", "Refused requests by problem type. queue-full asks for more replicas.", "reqps",
-              ((f"sum by (reason) ({rate('rejected_total')}) > 0", "{{reason}}"),), True),
+              ((f"sum by (reason) ({rate('rejected_total')})", "{{reason}}"),), True),
         Panel("Clients that hung up", "By the phase that they left in.", "reqps",
               ((f"sum by (phase) ({rate('client_disconnects_total')})", "{{phase}}"),)),
         Panel("Pixels", "Photo pixels per second: compare with the sizing table.", "none",
@@ -71,8 +71,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
               ((gauge("queue_items"), "waiting {{instance}}"),
                (f"sum by (instance) ({gauge('requests_in_progress')})", "in progress {{instance}}"),
                (gauge("admission_limit"), "limit {{instance}}"))),
-        Panel("Seconds ahead", "In which all that waits or runs will be done; 429 where a request has less.", "s",
-              ((gauge("queue_seconds"), "{{instance}}"),)),
+        Panel("Seconds ahead", "In which what waits, and runs before it, will be done; 429 where a request has less.",
+              "s", ((gauge("queue_seconds"), "{{instance}}"),)),
         Panel("Bytes", "Of photos and bitstreams that wait, of bodies and answers in progress, and the most of either.",
               "bytes", ((gauge("queue_bytes"), "waiting {{instance}}"),
                         (gauge("bytes_in_progress"), "in progress {{instance}}"),
@@ -153,6 +153,7 @@ def _variable(name: str, label: str, query: str, source: dashboard_models.DataSo
 def build() -> str:
     """The dashboard as JSON."""
     source = dashboard_models.DataSourceRef(type_val="prometheus", uid="${datasource}")
+    instances = 'label_values(limpid_ready{namespace=~"$namespace", job=~"$job"}, instance)'
     built = (
         dashboard.Dashboard("Limpid")
         .uid("limpid")
@@ -164,7 +165,7 @@ def build() -> str:
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
         .with_variable(_variable("namespace", "Namespace", "label_values(limpid_ready, namespace)", source))
         .with_variable(_variable("job", "Job", 'label_values(limpid_ready{namespace=~"$namespace"}, job)', source))
-        .with_variable(_variable("instance", "Instance", 'label_values(limpid_ready{job=~"$job"}, instance)', source))
+        .with_variable(_variable("instance", "Instance", instances, source))
     )
     for title, panels in ROWS.items():
         built = built.with_row(dashboard.Row(title))

@@ -64,10 +64,10 @@ def _told(jobs: int = 1) -> dict[str, object]:
 def _write(path: Path, records: Sequence[Record], jobs: int, **more: object) -> None:
     if not records:
         raise ValueError(f"nothing was measured for {path.name}: its condition has none of these rate points")
-    check_same_photos(records)
     content = {**_told(jobs), **more, "records": [asdict(record) for record in records]}
     text = json.dumps(content)
     replace_file(path, (text.replace('{"set"', '\n{"set"') + "\n").encode())
+    check_same_photos(records)
 
 
 def _relative(argument: str) -> str:

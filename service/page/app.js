@@ -79,13 +79,14 @@ function keep(stream, signal) {
   links = [];
   offered = signal;
   offer("save-stream", stream, `${name}.lmp`);
-  $("save-photo").hidden = true;
+  $("facts").hidden = $("save-photo").hidden = true; // of the job before
   $("downloads").hidden = false;
 }
 
 function finish(restored, shown) {
   offer("save-photo", restored, `${name}-clean.png`);
   $("save-photo").hidden = false;
+  $("empty").hidden = true;
   say(shown ? "Done." : "Done. This browser cannot show the clean photo, but it can be saved.");
   if (!bits) foresee(); // it told nothing until now: it was loading when the page was opened, say
 }

@@ -10,7 +10,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from deploy.camera import boundary, camera_frames, parts, snapshot, thinned
+from deploy.camera import boundary, camera_frames, parts, snapshot, steady, thinned
 from tests.served import Quiet, answering
 
 
@@ -100,10 +100,11 @@ def test_a_password_of_a_camera_is_not_logged(caplog: pytest.LogCaptureFixture) 
 
 def test_a_camera_is_asked_again_after_whatever_it_answered(caplog: pytest.LogCaptureFixture) -> None:
     answers = iter([(401, "text/plain", b"no"), (200, "text/html", b"log in"), (200, "image/jpeg", b"")])
+    photo = b"\xff\xd8photo"  # as some cameras send it
 
     class Camera(Quiet):
         def do_GET(self) -> None:
-            status, kind, body = next(answers, (200, "image/jpeg", b"photo"))
+            status, kind, body = next(answers, (200, "text/plain", photo))
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
@@ -115,7 +116,7 @@ def test_a_camera_is_asked_again_after_whatever_it_answered(caplog: pytest.LogCa
             return await anext(camera_frames(url, 1))
 
     with answering(Camera) as url:
-        assert asyncio.run(first()) == b"photo"
+        assert asyncio.run(first()) == photo
     said = [line.getMessage() for line in caplog.records]
     assert [words in line for words, line in zip(("401", "got text/html", "empty"), said, strict=True)] == [True] * 3
 
@@ -124,7 +125,7 @@ def test_a_stream_may_be_silent_where_an_answer_may_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A camera that films on motion only has nothing to send for long."""
-    monkeypatch.setattr("deploy.camera.PATIENCE", 0.2)
+    monkeypatch.setattr("deploy.camera.PATIENCE", 1.0)
     asked = 0
 
     class Camera(Quiet):
@@ -132,13 +133,13 @@ def test_a_stream_may_be_silent_where_an_answer_may_not(
             nonlocal asked
             asked += 1
             if asked == 1:
-                time.sleep(0.6)
+                time.sleep(2.5)
             self.send_response(200)
             self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
             self.end_headers()
             for part in (b"one", b"two"):
                 self.wfile.write(b"--frame\r\nContent-Length: 3\r\n\r\n" + part)
-                time.sleep(0.6)
+                time.sleep(1.5)
 
     async def film() -> list[bytes]:
         frames = camera_frames(url, None)
@@ -149,6 +150,17 @@ def test_a_stream_may_be_silent_where_an_answer_may_not(
         assert asyncio.run(film()) == [b"one", b"two"]
     assert asked == 2
     assert [line.getMessage() for line in caplog.records] == ["camera: TimeoutError: it is silent"]
+
+
+def test_a_snapshot_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.camera.PATIENCE", 0.05)
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"half"
+        await asyncio.sleep(60)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(snapshot(steady(stalled())))
 
 
 def test_a_snapshot_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
