@@ -185,7 +185,8 @@ class Gateway:
                 if of_it := self._results_of(path, state)[1]:
                     done[name] = state, str(of_it[0])
                     continue
-                if not os.access(path, os.R_OK) and state_of(path):
+                if not os.access(path, os.R_OK):
+                    state_of(path)  # which tells what went meanwhile
                     raise PermissionError("it may not be read")
             except FileNotFoundError:  # somebody took it away
                 continue

@@ -183,7 +183,9 @@ def test_info_and_compare_say_what_is_there(tmp_path: Path, parrots: Photo, caps
     assert f" {psnr(restored, parrots):.2f} dB" in said.out
 
 
-def test_a_server_does_the_work(tmp_path: Path, parrots: Photo, capsys: Lines, guarded: str) -> None:
+def test_a_server_does_the_work(
+    tmp_path: Path, parrots: Photo, capsys: Lines, guarded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "in.png").write_bytes(image_bytes(parrots))
     (tmp_path / "bad.png").write_bytes(b"no photo")
     at = ["--url", guarded, "--api-key", "sesame"]
@@ -194,6 +196,8 @@ def test_a_server_does_the_work(tmp_path: Path, parrots: Photo, capsys: Lines, g
     assert "API key" in capsys.readouterr().err
     assert main(["compress", str(tmp_path / "in.png"), "--force", *at, "--deadline", "0.001"]) == 1
     assert re.fullmatch(r"limpid: .*in.png: .*within 0.001 seconds.*\n", capsys.readouterr().err)
+    monkeypatch.setenv("LIMPID_PORT", "tcp://10.0.0.1:80")
+    assert main(["compare", str(tmp_path / "in.png"), str(tmp_path / "in.lmp"), *at]) == 0
     assert psnr(read_photo((tmp_path / "out.png").read_bytes(), 10**6), parrots) > 26
 
 

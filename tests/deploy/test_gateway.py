@@ -83,6 +83,17 @@ class Service:
         return AsyncClient("x", transport=httpx.MockTransport(self))
 
 
+def always(answer: httpx.Response) -> tuple[AsyncClient, list[httpx.Request]]:
+    """A client that gets one answer to everything, and what it asked."""
+    asked: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return answer
+
+    return AsyncClient("http://x", transport=httpx.MockTransport(handler)), asked
+
+
 @contextmanager
 def camera(frames: list[bytes]) -> Iterator[str]:
     """An MJPEG camera that films `frames` once, ten a second, and then only holds the line."""
@@ -402,21 +413,16 @@ def test_only_what_the_frame_is_to_blame_for_refuses_it(
 ) -> None:
     monkeypatch.setattr("deploy.gateway.PAUSE", 0.01)
     (tmp_path / "a.TIF").write_bytes(b"frame")
-    calls = 0
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        nonlocal calls
-        calls += 1
-        return httpx.Response(status, json={"type": f"urn:limpid:problem:{slug}", "detail": "said so"})
+    client, asked = always(httpx.Response(status, json={"type": f"urn:limpid:problem:{slug}", "detail": "said so"}))
 
     async def work() -> None:
-        async with AsyncClient("http://x", transport=httpx.MockTransport(answer)) as limpid:
+        async with client as limpid:
             gateway = Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False)
-            await run_until(lambda: calls >= (1 if refused else 2), gateway, 0.01, looks=20)
+            await run_until(lambda: len(asked) >= (1 if refused else 2), gateway, 0.01, looks=20)
 
     asyncio.run(work())
     assert (tmp_path / "out/refused/a.TIF").exists() is refused
-    assert (calls == 1) is refused
+    assert (len(asked) == 1) is refused
 
 
 def test_a_frame_whose_writer_pauses_is_not_lost(tmp_path: Path) -> None:
@@ -466,15 +472,13 @@ def test_what_is_no_frame_is_left_alone_at_a_start(tmp_path: Path, caplog: pytes
     (out / "refused").mkdir(parents=True)
     sidecar, reason = tmp_path / "a.jpg.txt", out / "refused/a.jpg.txt"
     for path in (sidecar, reason):
-        path.touch()
+        path.write_text("bad")
         os.utime(path, ns=(10**18, 10**18))
 
     async def work() -> None:
         async with Service().client() as limpid:
             Gateway(limpid, tmp_path, out, {}, 1, True)
 
-    reason.write_text("bad")
-    os.utime(reason, ns=(10**18, 10**18))
     asyncio.run(work())
     assert sidecar.exists()
     assert caplog.records == []
@@ -484,17 +488,12 @@ def test_a_service_that_asks_for_days_is_asked_again_sooner(tmp_path: Path, monk
     monkeypatch.setattr("deploy.gateway.PAUSE", 0.01)
     monkeypatch.setattr("deploy.gateway.MOST_ASKED", 0.02)
     (tmp_path / "a.jpg").write_bytes(b"frame")
-    calls = 0
-
-    def answer(_: httpx.Request) -> httpx.Response:
-        nonlocal calls
-        calls += 1
-        return httpx.Response(503, headers={"Retry-After": "86400"})
+    client, asked = always(httpx.Response(503, headers={"Retry-After": "86400"}))
 
     async def work() -> None:
-        async with AsyncClient("http://x", transport=httpx.MockTransport(answer)) as limpid:
+        async with client as limpid:
             gateway = Gateway(limpid, tmp_path, tmp_path / "out", {}, 1, False)
-            await run_until(lambda: calls >= 3, gateway, 0.01)
+            await run_until(lambda: len(asked) >= 3, gateway, 0.01)
 
     asyncio.run(work())
 
